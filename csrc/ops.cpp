@@ -1,0 +1,31 @@
+// Every operator's schema, in one place. The kernels register themselves for their device beside their code
+// (STABLE_TORCH_LIBRARY_IMPL); fake kernels and autograd formulas are Python's, in dpdiff_kernels/<operator>.py.
+//
+// Batch dimensions are flattened by Python before they get here: B images of N tokens with D channels, K prototypes,
+// H heads of E channels, M bank entries, G active groups. Shapes and dtypes are validated there too.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(dpdiff, m) {
+  // tokens (B, N, D); prototypes (K, D) or (B, K, D); groups (K,) int64; active_groups (B, G) int64
+  m.def(
+      "nearest_prototype(Tensor tokens, Tensor prototypes, int k, str metric, Tensor? groups, Tensor? active_groups)"
+      " -> (Tensor scores, Tensor indices)");
+  // tokens (N, D); prototypes (K, D); weights (N,) float32
+  m.def(
+      "prototype_statistics(Tensor tokens, Tensor prototypes, str metric, Tensor? weights)"
+      " -> (Tensor counts, Tensor sums, Tensor inertia)");
+  // query (B, H, N, E); banks (H, M, E) or (B, H, M, E); gate (B, H, N) float32; lse_* (B, H, N) float32
+  m.def(
+      "prototype_attention(Tensor query, Tensor local_key, Tensor local_value, Tensor? global_key,"
+      " Tensor? global_value, Tensor? gate, float scale, Tensor? groups, Tensor? active_groups)"
+      " -> (Tensor out, Tensor lse_local, Tensor lse_global)");
+  // cost (B, N, M) float32; a (B, N), b (B, M) float32
+  m.def(
+      "sinkhorn(Tensor cost, Tensor a, Tensor b, float eps, int n_iters, float? tol, float? tau_a, float? tau_b)"
+      " -> (Tensor f, Tensor g, Tensor n_iters, Tensor error)");
+  // x (B, N, D), y (B, M, D) float32
+  m.def(
+      "sinkhorn_points(Tensor x, Tensor y, Tensor a, Tensor b, float eps, int n_iters, float? tol, str metric)"
+      " -> (Tensor f, Tensor g, Tensor n_iters, Tensor error)");
+  m.def("cpu_capability() -> str");
+}

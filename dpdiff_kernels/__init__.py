@@ -1,0 +1,10 @@
+"""Fused operators for prototype-based vision models: nearest-prototype aggregation, prototype-conditioned attention
+and batched Sinkhorn, on CPUs and GPUs, differentiable."""
+
+from dpdiff_kernels.backends import backends, show_config, use_backend
+
+__all__ = [
+    "backends",
+    "show_config",
+    "use_backend",
+]

@@ -1,0 +1,191 @@
+"""Which implementation of an operator runs, and why.
+
+`reference` is plain PyTorch on any device; `cpp` is the native library on CPU tensors; `triton` and `cuda` are for
+CUDA tensors. The choice is, in this order: the operator's keyword `backend=`, the innermost `use_backend` block, the
+environment variable DPDIFF_BACKEND, and `auto`: the fastest implementation that the tensors' device and dtype allow.
+"""
+
+import os
+import platform
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+NAMES = ("reference", "cpp", "triton", "cuda")
+
+
+class Backend(NamedTuple):
+    """Whether an implementation can run here, and why (not)."""
+
+    available: bool
+    reason: str
+
+    def __bool__(self) -> bool:
+        return self.available
+
+
+def _load_library() -> Backend:
+    libraries = sorted(Path(__file__).parent.glob("_C*.so"))
+    if not libraries:
+        return Backend(False, "the native library was not built")
+    try:
+        torch.ops.load_library(libraries[0])
+    except OSError as error:
+        return Backend(False, f"{libraries[0].name} does not load: {str(error).splitlines()[0]}")
+    return Backend(True, f"{libraries[0].name}, {torch.ops.dpdiff.cpu_capability()} instructions")
+
+
+def _find_triton() -> Backend:
+    if not torch.cuda.is_available():
+        return Backend(False, "torch sees no CUDA device")
+    try:
+        import triton
+    except ImportError as error:
+        return Backend(False, f"triton does not import: {error}")
+    return Backend(False, f"no operator has a Triton kernel in this version (triton {triton.__version__} is there)")
+
+
+def _find_cuda() -> Backend:
+    if not torch.cuda.is_available():
+        return Backend(False, "torch sees no CUDA device")
+    return Backend(False, "no operator has a CUDA kernel in this version")
+
+
+_LIBRARY = _load_library()
+_REMEDY = "reinstall with a C++17 compiler: pip install --no-build-isolation --force-reinstall --no-deps ."
+# use_backend's stack. Of the process, not of the thread: a backward pass runs in threads of autograd's own.
+_forced: list[str] = []
+_warned = False
+
+
+def backends() -> dict[str, Backend]:
+    """Returns every backend's name with `available` and `reason`.
+
+    >>> dpdiff_kernels.backends()["reference"].available
+    True
+    """
+    return {
+        "reference": Backend(True, "plain PyTorch, any device"),
+        "cpp": _LIBRARY,
+        "triton": _find_triton(),
+        "cuda": _find_cuda(),
+    }
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Runs every operator in the block on one backend; `"auto"` gives the choice back to the library.
+
+    Applies to the whole process (all threads). An operator called with a keyword `backend=` keeps that.
+
+    Raises:
+        ValueError: `name` is unknown, or that backend isn't available here.
+    """
+    _check(name, "use_backend's name")
+    _forced.append(name)
+    try:
+        yield
+    finally:
+        _forced.pop()
+
+
+def select(backend: str | None, implemented: tuple[str, ...], *tensors: torch.Tensor) -> str:
+    """Returns the backend that an operator call is to run on.
+
+    Args:
+        backend: the call's own `backend=` keyword.
+        implemented: the backends that have this operator, fastest first.
+        tensors: the operator's floating-point inputs; float64 runs on the reference only.
+
+    Raises:
+        ValueError: the backend asked for is unknown, isn't available, or can't take these tensors.
+    """
+    asked_by = "backend"
+    if backend is None and _forced:
+        backend = _forced[-1]
+    if backend is None:
+        backend, asked_by = os.environ.get("DPDIFF_BACKEND", "auto"), "DPDIFF_BACKEND"
+    if backend == "reference":
+        return backend
+    _check(backend, asked_by)
+
+    device = tensors[0].device.type
+    possible = [name for name in implemented if _runs_on(name, device)]
+    if any(t.dtype == torch.float64 for t in tensors):
+        possible = ["reference"]
+    if backend != "auto":
+        if backend not in possible:
+            raise ValueError(
+                f"{asked_by} is {backend!r}, which can't run this call on {device} {tensors[0].dtype} tensors: "
+                f"expected one of {', '.join(possible)}"
+            )
+        return backend
+    if device == "cpu" and not _LIBRARY and "cpp" in implemented:
+        _warn_once()
+    return possible[0]
+
+
+def _runs_on(name: str, device: str) -> bool:
+    if name == "reference":
+        return True
+    if name == "cpp":
+        return device == "cpu" and _LIBRARY.available
+    return device == "cuda" and backends()[name].available
+
+
+def _check(name: str, argument: str) -> None:
+    if name != "auto" and name not in NAMES:
+        raise ValueError(f"{argument} is {name!r}: expected auto, {', '.join(NAMES)}")
+    if name != "auto" and not backends()[name]:
+        raise ValueError(f"{argument} is {name!r}, which isn't available here: {backends()[name].reason}")
+
+
+def _warn_once() -> None:
+    global _warned
+    if not _warned and not torch.compiler.is_compiling():
+        _warned = True
+        warnings.warn(
+            f"dpdiff_kernels runs on its slow reference implementation: {_LIBRARY.reason}; {_REMEDY}",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+
+
+def show_config() -> str:
+    """Prints, and returns, one screen for a bug report: versions, devices, backends, instruction sets."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        dpdiff_version = version("dpdiff")
+    except PackageNotFoundError:
+        dpdiff_version = "not installed (imported from a source tree)"
+    rows = {
+        "dpdiff": dpdiff_version,
+        "python": f"{platform.python_version()} on {platform.platform()}",
+        "torch": f"{torch.__version__} (CUDA {torch.version.cuda or 'none'}, HIP {torch.version.hip or 'none'})",
+        "processor": f"{_processor()}, {torch.get_num_threads()} threads, torch uses {torch.backends.cpu.get_cpu_capability()}",
+    }
+    for i in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(i)
+        rows[f"cuda:{i}"] = f"{properties.name}, sm_{properties.major}{properties.minor}, {properties.total_memory >> 20} MiB"
+    for name, backend in backends().items():
+        rows[f"backend {name}"] = f"{'yes' if backend else 'no '} ({backend.reason})"
+    rows["DPDIFF_BACKEND"] = os.environ.get("DPDIFF_BACKEND", "auto (not set)")
+    width = max(map(len, rows))
+    text = "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
+    print(text)
+    return text
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
