@@ -1,0 +1,34 @@
+"""Files that are either whole or not there."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
+    """Yield the path of a temporary file that takes the name ``path`` once the block ends well.
+
+    The temporary file is empty, lies in the folder of ``path`` (made if missing) and keeps its suffix, from which
+    many writers tell the format. It is flushed to disk before it is renamed, so that ``path`` holds either what it
+    held before or all of the new content, whatever happens in between; an exception in the block removes it.
+
+        with atomic_write("scores.csv") as tmp:
+            tmp.write_text(...)
+    """
+    path = Path(os.path.realpath(path))  # through a symbolic link: its target is replaced, not the link
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tmp = path.with_name(f".{secrets.token_hex(8)}{path.suffix}")
+    os.close(os.open(tmp, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))  # the permissions of an ordinary new file
+    try:
+        yield tmp
+        with open(tmp, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(tmp, path)
+    except BaseException:
+        tmp.unlink(missing_ok=True)
+        raise

@@ -1,0 +1,168 @@
+"""Lists the images of a folder, whatever its layout."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from dpdiff.data.listed import is_real_iad, is_visa, scan_real_iad, scan_visa
+from dpdiff.data.samples import Catalogue, Sample, natural_key, subfolders, walk_images
+
+_GOOD_NAMES = {"good", "ok", "normal"}
+_TEST_NAMES = ("test", "test_public")  # the second is MVTec AD 2's; its private tests come without labels
+_DEPTH = 3  # of a category below the root, at most: <category>, VisA_pytorch/1cls/<category>, MANTA/<domain>/<category>
+
+
+def scan(root: str | os.PathLike, layout: str = "auto", need: str | None = None) -> Catalogue:
+    """List the samples of a data set.
+
+    layout, which ``"auto"`` tells from the folder itself:
+
+    - ``"mvtec"``: ``<category>/train/good/*``, ``<category>/test/<kind>/*``,
+      ``<category>/ground_truth/<kind>/<name>_mask.png``, where the categories lie in ``root`` or up to three levels
+      below, or ``root`` is one itself. Known too: good images called ok or normal (BTAD), a mask ``<name>.*`` (VisA
+      converted, BTAD, MANTA), a folder of masks ``<name>/*`` (MVTec LOCO), ``test_public/<kind>/*`` with
+      ``test_public/ground_truth/<kind>/*`` (MVTec AD 2), and ``<kind>/img/*`` with ``<kind>/label/*`` (BMAD).
+      ``validation`` folders are not used.
+    - ``"visa"``: VisA as published, ``split_csv/1cls.csv`` and the files it names.
+    - ``"real-iad"``: Real-IAD and Real-IAD Variety as published, one JSON file per category and the images of one
+      resolution (the largest there is). A view of a defective object in which no defect is marked counts as good, as
+      in the published figures.
+    - ``"plain"``: good images only, nested or flat. Each first-level folder is a category; images that lie in ``root``
+      itself make up a category of its name.
+
+    Files are images by their suffix; which open is for :func:`dpdiff.data.check` to tell. The order is natural
+    (2 before 10) and the same on every machine.
+
+    need: ``"train"`` refuses a category without training images, ``"test"`` a data set without test images, None
+    only one without any image.
+
+    Raises FileNotFoundError for a missing folder and ValueError for one that holds no such data set, in one line.
+    """
+    root = Path(root)
+    if not root.exists():
+        raise FileNotFoundError(f"data folder {root} does not exist")
+    if not root.is_dir():
+        raise ValueError(f"data folder {root} is a file, not a folder")
+    layouts = {"mvtec": scan_mvtec, "visa": scan_visa, "real-iad": scan_real_iad, "plain": scan_plain}
+    if layout != "auto" and layout not in layouts:
+        raise ValueError(f"layout must be one of auto, {', '.join(layouts)}, got {layout!r}")
+    if need not in (None, "train", "test"):
+        raise ValueError(f"need must be 'train', 'test' or None, got {need!r}")
+    if layout == "auto":
+        layout = _recognise(root)
+    catalogue = layouts[layout](root)
+
+    if not catalogue.train and not catalogue.test:
+        raise ValueError(f"data folder {root} holds no image")
+    if need == "train":
+        trained = {sample.category for sample in catalogue.train}
+        empty = [category for category in catalogue.categories if category not in trained]
+        if empty:
+            more = f" (and {len(empty) - 1} more categories)" if len(empty) > 1 else ""
+            raise ValueError(f"category {empty[0]!r} of {root} has no training images{more}")
+    if need == "test" and not catalogue.test:
+        raise ValueError(f"data folder {root} holds no test image: expected <category>/test/<kind>/*")
+    return catalogue
+
+
+def _recognise(root: Path) -> str:
+    if is_visa(root):
+        return "visa"
+    if is_real_iad(root):
+        return "real-iad"
+    if _find_categories(root, _DEPTH):
+        return "mvtec"
+    return "plain"
+
+
+# MVTec-AD style
+
+
+def scan_mvtec(root: Path) -> Catalogue:
+    folders = _find_categories(root, _DEPTH)
+    parents = {folder.parent for folder in folders}
+    if root in folders:
+        named = {root.resolve().name: root}
+    else:
+        # An empty folder beside categories was meant to be one: it is listed, so that it isn't passed by in silence.
+        folders += [f for parent in parents for f in subfolders(parent) if not any(f.iterdir())]
+        # Where all lie in one folder, their own names tell them apart (VisA/1cls/candle: candle).
+        named = {f.name if len(parents) == 1 else f.relative_to(root).as_posix(): f for f in folders}
+    catalogue = Catalogue(categories=sorted(named, key=natural_key))
+    for category in catalogue.categories:
+        catalogue.train += [Sample(image, category) for image in _training_images(named[category])]
+        catalogue.test += _test_samples(named[category], category)
+    return catalogue
+
+
+def _find_categories(folder: Path, depth: int) -> list[Path]:
+    """The folders at or below ``folder`` that have a train or test folder."""
+    children = subfolders(folder)
+    if {child.name for child in children} & {"train", *_TEST_NAMES}:
+        return [folder]
+    if depth == 0:
+        return []
+    return [found for child in children for found in _find_categories(child, depth - 1)]
+
+
+def _training_images(category: Path) -> list[Path]:
+    train = category / "train"
+    if not train.is_dir():
+        return []
+    kinds = subfolders(train)
+    good = [kind for kind in kinds if kind.name.lower() in _GOOD_NAMES]
+    return [image for folder in (good if kinds else [train]) for image in walk_images(folder)]
+
+
+def _test_samples(category: Path, name: str) -> list[Sample]:
+    samples = []
+    for test in (category / t for t in _TEST_NAMES):
+        if not test.is_dir():
+            continue
+        for kind in subfolders(test):
+            if kind.name.lower() in _GOOD_NAMES:
+                images = kind / "img" if (kind / "img").is_dir() else kind
+                samples += [Sample(image, name) for image in walk_images(images)]
+            elif kind.name != "ground_truth":  # which lies beside the kinds in MVTec AD 2
+                samples += _defects(category, test, kind, name)
+    return samples
+
+
+def _defects(category: Path, test: Path, kind: Path, name: str) -> list[Sample]:
+    images, masks = kind, category / "ground_truth" / kind.name
+    if (kind / "img").is_dir():
+        images, masks = kind / "img", kind / "label"
+    elif (test / "ground_truth" / kind.name).is_dir():
+        masks = test / "ground_truth" / kind.name
+    found = _masks_by_name(masks)
+    samples = []
+    for image in walk_images(images):
+        stem = image.relative_to(images).with_suffix("").as_posix()
+        samples.append(Sample(image, name, kind.name, 1, found.get(f"{stem}_mask") or found.get(stem)))
+    return samples
+
+
+def _masks_by_name(folder: Path) -> dict[str, Path]:
+    """Masks by their path without suffix; by that of their folder too, whose masks then are one (MVTec LOCO)."""
+    if not folder.is_dir():
+        return {}
+    found = {}
+    for mask in walk_images(folder):
+        found[mask.relative_to(folder).with_suffix("").as_posix()] = mask
+        if mask.parent != folder:
+            found.setdefault(mask.parent.relative_to(folder).as_posix(), mask.parent)
+    return found
+
+
+# A plain folder
+
+
+def scan_plain(root: Path) -> Catalogue:
+    own = root.resolve().name
+    train = []
+    for image in walk_images(root):
+        inside = image.relative_to(root).parts
+        train.append(Sample(image, inside[0] if len(inside) > 1 else own))
+    categories = {folder.name for folder in subfolders(root)} | {sample.category for sample in train}
+    return Catalogue(train, [], sorted(categories, key=natural_key))

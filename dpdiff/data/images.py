@@ -1,0 +1,159 @@
+"""Reads images and masks, and tells before any work starts which can't be read."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from dpdiff.data.samples import Sample, walk_images
+
+_ORIENTATION = 0x0112  # EXIF tag; values from 5 on turn the image by a quarter
+
+
+def load_image(path: str | os.PathLike, size: int | None = None) -> Tensor:
+    """Read an image of any format, grey or colour, as float32 (3, H, W) in [0, 1].
+
+    size: resize to (size, size), antialiased bilinear; None keeps the image's own. EXIF orientation is applied,
+    transparency shows black, grey is repeated over the three channels, and of several frames the first is read.
+    16-bit grey is divided by 65,535; floating-point grey is taken as it is where it lies in [0, 1] and divided by 255
+    where it lies in [0, 255].
+
+    Raises ValueError with the path for a file that is no image, is damaged, or lies outside of these ranges.
+    """
+    try:
+        with Image.open(path) as image:
+            image = ImageOps.exif_transpose(image)
+            if image.mode == "F" or image.mode.startswith("I"):
+                image = Image.fromarray(_unit_range(np.asarray(image)))
+            elif image.has_transparency_data:
+                black = Image.new("RGBA", image.size, "black")
+                image = Image.alpha_composite(black, image.convert("RGBA")).convert("RGB")
+            elif image.mode != "L":
+                image = image.convert("RGB")
+            if size is not None:
+                image = image.resize((size, size), Image.Resampling.BILINEAR)
+            pixels = np.array(image)
+    except Exception as error:  # Pillow's plugins raise whatever a damaged file makes them raise
+        raise ValueError(f"cannot read image {path}: {_reason(error)}") from error
+    tensor = torch.from_numpy(pixels)
+    tensor = tensor.expand(3, -1, -1) if tensor.ndim == 2 else tensor.permute(2, 0, 1)
+    tensor = tensor.contiguous()
+    return tensor if tensor.is_floating_point() else tensor.float().div_(255)
+
+
+def _unit_range(pixels: np.ndarray) -> np.ndarray:
+    """Grey of more than 8 bits as float32 in [0, 1]."""
+    low, high = pixels.min(), pixels.max()
+    if pixels.dtype.kind == "f":
+        scale = 1 if high <= 1 else 255
+    else:
+        scale = 65535
+    if not (low >= 0 and high <= scale):  # NaN fails it too
+        raise ValueError(f"its values run from {low:g} to {high:g}, expected 0 to {scale}")
+    return pixels.astype(np.float32) / scale
+
+
+def load_mask(path: str | os.PathLike, size: int | None = None) -> Tensor:
+    """Read a mask as bool (H, W): true where the file, or any file of the folder ``path``, is not zero.
+
+    size: resize to (size, size), nearest. JPEG files, whose compression blurs zeros, count from half of white on.
+
+    Raises ValueError with the path for a file that cannot be read.
+    """
+    mask = np.logical_or.reduce([_read_mask(file) for file in _mask_files(Path(path))]).astype(np.uint8)
+    if size is not None:
+        mask = np.array(Image.fromarray(mask).resize((size, size), Image.Resampling.NEAREST))
+    return torch.from_numpy(mask).bool()
+
+
+def _mask_files(path: Path) -> list[Path]:
+    return list(walk_images(path)) if path.is_dir() else [path]
+
+
+def _read_mask(path: Path) -> np.ndarray:
+    try:
+        with Image.open(path) as image:
+            marked = np.asarray(ImageOps.exif_transpose(image)) > (127 if image.format == "JPEG" else 0)
+            if marked.ndim == 3:  # colour: any but black, however opaque
+                marked = marked[..., : 1 if image.mode == "LA" else 3].any(axis=-1)
+            return marked
+    except Exception as error:
+        raise ValueError(f"cannot read mask {path}: {_reason(error)}") from error
+
+
+def check(
+    samples: Iterable[Sample], on_error: Literal["raise", "skip"] = "raise"
+) -> tuple[list[Sample], list[str]]:
+    """Tell which samples can't be used, before anything is computed from them.
+
+    A sample's image and mask must be readable and whole, its mask must have the size of its image, and a defective
+    image must have a mask where other images of its category have one: without, its defect would pass for good.
+
+    Returns the samples that can be used and one line for each that can't, which names the file. With ``"raise"``
+    there is no such line: the first of them is raised as ValueError. Files are read whole, but decoded only in formats
+    that don't tell a truncated file otherwise (not PNG, not JPEG).
+    """
+    if on_error not in ("raise", "skip"):
+        raise ValueError(f"on_error must be 'raise' or 'skip', got {on_error!r}")
+    samples = list(samples)
+    masked = {sample.category for sample in samples if sample.mask is not None}
+
+    def problem(sample: Sample) -> str | None:
+        try:
+            width, height = _verified_size("image", sample.image)
+            for mask in _mask_files(sample.mask) if sample.mask else ():
+                w, h = _verified_size("mask", mask)
+                if (w, h) != (width, height):
+                    return f"mask {mask} is {w} x {h} but its image {sample.image} is {width} x {height}"
+        except ValueError as error:
+            return str(error)
+        if sample.label and sample.mask is None and sample.category in masked:
+            return f"image {sample.image} has no mask, but others of category {sample.category!r} have one"
+        return None
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # Pillow and zlib let other threads run
+        problems = list(pool.map(problem, samples))
+    usable = [sample for sample, p in zip(samples, problems, strict=True) if p is None]
+    problems = [p for p in problems if p is not None]
+    if problems and on_error == "raise":
+        raise ValueError(problems[0] + (f" (and {len(problems) - 1} more such files)" if len(problems) > 1 else ""))
+    return usable, problems
+
+
+def _verified_size(what: str, path: Path) -> tuple[int, int]:
+    """Width and height as they are seen, of a file that is whole."""
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            # Pillow would decode a PNG to look for EXIF data behind its pixels.
+            exif = image.getexif() if image.format != "PNG" or "exif" in image.info else {}
+            if exif.get(_ORIENTATION, 1) >= 5:
+                width, height = height, width
+            if image.format == "PNG":
+                image.verify()  # reads it to the end, by its check sums
+            elif image.format not in ("JPEG", "MPO") or not _has_jpeg_end(path):
+                image.load()
+            return width, height
+    except Exception as error:
+        raise ValueError(f"cannot read {what} {path}: {_reason(error)}") from error
+
+
+def _has_jpeg_end(path: Path) -> bool:
+    """Whether the marker that ends a JPEG file stands near its end; pixel data can't hold these two bytes."""
+    with open(path, "rb") as file:
+        file.seek(max(0, os.path.getsize(path) - 4096))
+        return b"\xff\xd9" in file.read()
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        return "it is not an image, or is damaged"
+    return " ".join(str(error).split()) or type(error).__name__

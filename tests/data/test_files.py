@@ -1,0 +1,45 @@
+"""Files are either whole or not there."""
+
+import os
+
+import pytest
+
+from dpdiff._files import atomic_write
+
+
+def test_content_appears_at_the_end_only(tmp_path):
+    path = tmp_path / "new" / "out.csv"
+    with atomic_write(path) as tmp:
+        assert tmp.parent == path.parent and tmp.suffix == ".csv"
+        tmp.write_text("whole")
+        assert not path.exists()
+    assert path.read_text() == "whole"
+    assert os.listdir(path.parent) == ["out.csv"]
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_failure_leaves_what_was_there(tmp_path, error):
+    path = tmp_path / "out.json"
+    path.write_text("old")
+    with pytest.raises(type(error)):
+        with atomic_write(path) as tmp:
+            tmp.write_text("ha")
+            raise error
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["out.json"]
+
+
+def test_permissions_are_those_of_an_ordinary_file(tmp_path):
+    (tmp_path / "ordinary").touch()
+    with atomic_write(tmp_path / "ours"):
+        pass
+    assert (tmp_path / "ours").stat().st_mode == (tmp_path / "ordinary").stat().st_mode
+
+
+def test_symbolic_link_is_kept(tmp_path):
+    (tmp_path / "target").write_text("old")
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    with atomic_write(tmp_path / "link") as tmp:
+        tmp.write_text("new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "target").read_text() == "new"

@@ -1,0 +1,327 @@
+"""Every layout, as tiny trees with the files and names that the data sets really have."""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dpdiff.data import Sample, scan
+
+
+def image(path: Path, value: int = 100) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (8, 6), (value, value, value)).save(path)
+    return path
+
+
+def mask(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.zeros((6, 8), np.uint8)
+    pixels[1:3, 2:5] = 255
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def described(samples: list[Sample], root: Path) -> list[tuple]:
+    def inside(path):
+        return path and path.relative_to(root).as_posix()
+
+    return [(inside(s.image), s.category, s.kind, s.label, inside(s.mask)) for s in samples]
+
+
+@pytest.fixture
+def mvtec(tmp_path):
+    for category in ("screw", "bottle"):
+        for i in (10, 2, 1):
+            image(tmp_path / category / "train" / "good" / f"{i}.png")
+        image(tmp_path / category / "test" / "good" / "000.png")
+        image(tmp_path / category / "test" / "broken_large" / "000.png")
+        mask(tmp_path / category / "ground_truth" / "broken_large" / "000_mask.png")
+    (tmp_path / "license.txt").write_text("x")
+    return tmp_path
+
+
+def test_mvtec(mvtec):
+    found = scan(mvtec)
+    assert found.categories == ["bottle", "screw"]
+    assert described(found.train, mvtec)[:3] == [
+        (f"bottle/train/good/{i}.png", "bottle", "good", 0, None) for i in (1, 2, 10)
+    ]
+    assert described(found.test, mvtec)[2:] == [
+        (
+            "screw/test/broken_large/000.png",
+            "screw",
+            "broken_large",
+            1,
+            "screw/ground_truth/broken_large/000_mask.png",
+        ),
+        ("screw/test/good/000.png", "screw", "good", 0, None),
+    ]
+
+
+def test_one_category_alone(mvtec):
+    found = scan(mvtec / "bottle")
+    assert found.categories == ["bottle"]
+    assert (len(found.train), len(found.test)) == (3, 2)
+
+
+def test_every_image_format_and_no_other_file(tmp_path):
+    good = tmp_path / "c" / "train" / "good"
+    for name in ("a.PNG", "b.jpeg", "c.bmp", "d.tif", "e.webp", "f.ppm", "g.gif"):
+        image(good / name)
+    for name in ("notes.txt", ".hidden.png", "._a.PNG", "Thumbs.db", "meta.json"):
+        (good / name).write_bytes(b"x")
+    image(good / "deeper" / "z.png")
+    assert [s.image.name for s in scan(tmp_path).train] == ["a.PNG", "b.jpeg", "c.bmp", "d.tif", "z.png", "e.webp",
+                                                           "f.ppm", "g.gif"]  # fmt: skip
+
+
+def test_category_without_ground_truth_has_no_masks(mvtec):
+    image(mvtec / "solar" / "train" / "good" / "0.png")
+    image(mvtec / "solar" / "test" / "bad" / "0.png")
+    assert [s.mask for s in scan(mvtec).test if s.category == "solar"] == [None]
+
+
+def test_visa_converted(tmp_path):
+    image(tmp_path / "1cls" / "candle" / "train" / "good" / "0000.JPG")
+    image(tmp_path / "1cls" / "candle" / "test" / "bad" / "000.JPG")
+    mask(tmp_path / "1cls" / "candle" / "ground_truth" / "bad" / "000.png")
+    found = scan(tmp_path)
+    assert found.categories == ["candle"]
+    assert found.test[0].mask == tmp_path / "1cls" / "candle" / "ground_truth" / "bad" / "000.png"
+
+
+def test_btad(tmp_path):
+    image(tmp_path / "01" / "train" / "ok" / "0000.bmp")
+    image(tmp_path / "01" / "test" / "ok" / "0000.bmp")
+    image(tmp_path / "01" / "test" / "ko" / "0001.bmp")
+    mask(tmp_path / "01" / "ground_truth" / "ko" / "0001.png")
+    found = scan(tmp_path)
+    assert described(found.test, tmp_path) == [
+        ("01/test/ko/0001.bmp", "01", "ko", 1, "01/ground_truth/ko/0001.png"),
+        ("01/test/ok/0000.bmp", "01", "good", 0, None),
+    ]
+    assert len(found.train) == 1
+
+
+def test_mvtec_loco_has_a_folder_of_masks_per_image(tmp_path):
+    category = tmp_path / "pushpins"
+    image(category / "train" / "good" / "000.png")
+    image(category / "validation" / "good" / "000.png")
+    for kind in ("logical_anomalies", "structural_anomalies"):
+        image(category / "test" / kind / "000.png")
+        for i in range(2):
+            mask(category / "ground_truth" / kind / "000" / f"00{i}.png")
+    found = scan(tmp_path)
+    assert len(found.train) == 1
+    assert [s.mask for s in found.test] == [
+        category / "ground_truth" / kind / "000" for kind in ("logical_anomalies", "structural_anomalies")
+    ]
+
+
+def test_mvtec_ad_2(tmp_path):
+    category = tmp_path / "vial"
+    image(category / "train" / "good" / "000_regular.png")
+    image(category / "validation" / "good" / "000_regular.png")
+    image(category / "test_public" / "good" / "000_regular.png")
+    image(category / "test_public" / "bad" / "001_overexposed.png")
+    mask(category / "test_public" / "ground_truth" / "bad" / "001_overexposed_mask.png")
+    image(category / "test_private" / "000_regular.png")
+    found = scan(tmp_path)
+    assert described(found.test, category) == [
+        ("test_public/bad/001_overexposed.png", "vial", "bad", 1,
+         "test_public/ground_truth/bad/001_overexposed_mask.png"),
+        ("test_public/good/000_regular.png", "vial", "good", 0, None),
+    ]  # fmt: skip
+    assert len(found.train) == 1
+
+
+def test_bmad(tmp_path):
+    brain = tmp_path / "Brain_AD"
+    image(brain / "train" / "good" / "00003_60.png")
+    image(brain / "valid" / "Ungood" / "img" / "1.png")
+    image(brain / "test" / "good" / "img" / "00000_96.png")
+    image(brain / "test" / "Ungood" / "img" / "00002_60.png")
+    mask(brain / "test" / "Ungood" / "label" / "00002_60.png")
+    assert described(scan(tmp_path).test, brain) == [
+        ("test/good/img/00000_96.png", "Brain_AD", "good", 0, None),
+        ("test/Ungood/img/00002_60.png", "Brain_AD", "Ungood", 1, "test/Ungood/label/00002_60.png"),
+    ]
+
+
+def test_manta_names_categories_by_their_domain(tmp_path):
+    for category in ("agriculture/maize", "mechanics/nut"):
+        image(tmp_path / category / "train" / "good" / "0.png")
+        image(tmp_path / category / "test" / "ano" / "1.png")
+        mask(tmp_path / category / "ground_truth" / "ano" / "1.png")
+    found = scan(tmp_path)
+    assert found.categories == ["agriculture/maize", "mechanics/nut"]
+    assert all(s.mask for s in found.test)
+
+
+def visa_original(root: Path) -> Path:
+    rows = []
+    for i, split in enumerate(("train", "train", "test")):
+        path = f"pcb1/Data/Images/Normal/000{i}.JPG"
+        image(root / path)
+        rows.append(("pcb1", split, "normal", path, ""))
+    image(root / "pcb1/Data/Images/Anomaly/000.JPG")
+    mask(root / "pcb1/Data/Masks/Anomaly/000.png")
+    rows.append(("pcb1", "test", "anomaly", "pcb1/Data/Images/Anomaly/000.JPG", "pcb1/Data/Masks/Anomaly/000.png"))
+    (root / "split_csv").mkdir()
+    with (root / "split_csv" / "1cls.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("object", "split", "label", "image", "mask"), *rows])
+    return root
+
+
+def test_visa_as_published(tmp_path):
+    found = scan(visa_original(tmp_path))
+    assert found.categories == ["pcb1"]
+    assert [s.image.name for s in found.train] == ["0000.JPG", "0001.JPG"]
+    assert described(found.test, tmp_path) == [
+        ("pcb1/Data/Images/Normal/0002.JPG", "pcb1", "good", 0, None),
+        ("pcb1/Data/Images/Anomaly/000.JPG", "pcb1", "anomaly", 1, "pcb1/Data/Masks/Anomaly/000.png"),
+    ]
+
+
+def test_visa_without_its_split_is_not_taken_for_good_images(tmp_path):
+    (visa_original(tmp_path) / "split_csv" / "1cls.csv").unlink()
+    with pytest.raises(FileNotFoundError, match=r"lacks split_csv/1cls\.csv"):
+        scan(tmp_path)
+
+
+def real_iad(root: Path, lists: str, images: str, category: str = "audiojack") -> Path:
+    good = [f"OK/S000{i}/{category}_000{i}_OK_C1_2023.jpg" for i in range(3)]
+    bad = f"NG/QS/S0001/{category}_0001_NG_QS_C1_2023"
+    unseen = f"NG/QS/S0001/{category}_0001_NG_QS_C2_2023.jpg"
+    for path in (*good, bad + ".jpg", unseen):
+        image(root / images / category / path)
+    mask(root / images / category / f"{bad}.png")
+
+    def entry(path, kind="OK", marked=None):
+        return {"category": category, "anomaly_class": kind, "image_path": path, "mask_path": marked}
+
+    content = {
+        "meta": {"normal_class": "OK", "prefix": f"{category}/"},
+        "train": [entry(good[0]), entry(good[1])],
+        "test": [entry(good[2]), entry(bad + ".jpg", "QS", bad + ".png"), entry(unseen, "QS")],
+    }
+    for variant in (lists, f"{lists}_sv"):
+        file = root / "realiad_jsons" / variant / f"{category}.json"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        # The single-view lists beside them must not be the ones that are read.
+        file.write_text(json.dumps(content if variant == lists else content | {"train": []}))
+    return root
+
+
+@pytest.mark.parametrize(
+    ("lists", "images"),
+    [
+        ("realiad_jsons", "realiad_1024"),
+        (".", "realiad_512"),
+        ("Real-IAD_Variety_jsons", "realiadvariety_raw/audiojack"),
+    ],
+)
+def test_real_iad(tmp_path, lists, images):
+    found = scan(real_iad(tmp_path, lists, images))
+    assert found.categories == ["audiojack"]
+    assert [s.image.parent.name for s in found.train] == ["S0000", "S0001"]
+    assert [(s.image.stem.split("_", 1)[1], s.kind, s.label, s.mask is None) for s in found.test] == [
+        ("0001_NG_QS_C2_2023", "good", 0, True),  # the view that doesn't show the defect
+        ("0002_OK_C1_2023", "good", 0, True),
+        ("0001_NG_QS_C1_2023", "QS", 1, False),
+    ]
+    assert found.test[-1].mask.is_file()
+
+
+def test_real_iad_takes_the_largest_resolution(tmp_path):
+    for images in ("realiad_256", "realiad_1024", "realiad_512"):
+        real_iad(tmp_path, "realiad_jsons", images)
+    assert all("realiad_1024" in s.image.parts for s in scan(tmp_path).train)
+
+
+def test_real_iad_refuses_paths_that_lead_outside(tmp_path):
+    file = real_iad(tmp_path, "realiad_jsons", "realiad_1024") / "realiad_jsons" / "realiad_jsons" / "audiojack.json"
+    content = json.loads(file.read_text())
+    content["test"][0]["image_path"] = "../../../secret.jpg"
+    file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="lies outside"):
+        scan(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"train": []}', '{"train": [{}], "test": []}'])
+def test_real_iad_list_that_is_none_is_named(tmp_path, content):
+    file = real_iad(tmp_path, "realiad_jsons", "realiad_1024") / "realiad_jsons" / "realiad_jsons" / "audiojack.json"
+    file.write_text(content)
+    with pytest.raises(ValueError, match=r"audiojack\.json is not a Real-IAD list"):
+        scan(tmp_path)
+
+
+def test_plain_folders(tmp_path):
+    flat = tmp_path / "flat"
+    image(flat / "2.png")
+    image(flat / "10.png")
+    found = scan(flat)
+    assert found.categories == ["flat"]
+    assert [s.image.name for s in found.train] == ["2.png", "10.png"]
+    assert found.test == []
+
+    nested = tmp_path / "nested"
+    image(nested / "cat" / "a.png")
+    image(nested / "dog" / "deep" / "b.png")
+    found = scan(nested)
+    assert [(s.category, s.kind, s.label) for s in found.train] == [("cat", "good", 0), ("dog", "good", 0)]
+    image(nested / "loose.png")
+    assert scan(nested).categories == ["cat", "dog", "nested"]
+
+
+def test_order_is_that_of_names_not_of_the_disk(tmp_path):
+    for name in ("b10", "B2", "a", "b1"):
+        image(tmp_path / f"{name}.png")
+    assert [s.image.stem for s in scan(tmp_path).train] == ["a", "b1", "B2", "b10"]
+
+
+def test_what_is_no_data_set_is_refused_in_one_line(tmp_path):
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        scan(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="is a file"):
+        scan(image(tmp_path / "file" / "x.png"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="holds no image"):
+        scan(tmp_path / "empty")
+    with pytest.raises(ValueError, match="layout must be one of auto, mvtec"):
+        scan(tmp_path, layout="imagenet")
+    for layout in ("visa", "real-iad"):
+        with pytest.raises(FileNotFoundError, match="lacks"):
+            scan(tmp_path, layout=layout)
+
+
+def test_category_without_training_images_is_named(mvtec):
+    (mvtec / "zipper" / "train" / "good").mkdir(parents=True)
+    assert scan(mvtec).categories == ["bottle", "screw", "zipper"]
+    with pytest.raises(ValueError, match=r"category 'zipper' of .* has no training images$"):
+        scan(mvtec, need="train")
+    (mvtec / "cable").mkdir()  # nothing in it, not even train/
+    with pytest.raises(ValueError, match=r"category 'cable' .* no training images \(and 1 more"):
+        scan(mvtec, need="train")
+    assert scan(mvtec, need="test").test
+
+
+def test_empty_first_level_folder_of_a_plain_folder_is_named(tmp_path):
+    image(tmp_path / "a" / "0.png")
+    (tmp_path / "b").mkdir()
+    with pytest.raises(ValueError, match="category 'b'"):
+        scan(tmp_path, need="train")
+
+
+def test_need_of_test_images(tmp_path):
+    image(tmp_path / "c" / "train" / "good" / "0.png")
+    with pytest.raises(ValueError, match="no test image"):
+        scan(tmp_path, need="test")
+    image(tmp_path / "d" / "test" / "good" / "0.png")  # a category to test on alone
+    assert len(scan(tmp_path, need="test").test) == 1
+    with pytest.raises(ValueError, match="need must be"):
+        scan(tmp_path, need="all")
