@@ -89,9 +89,7 @@ def _read_mask(path: Path) -> np.ndarray:
         raise ValueError(f"cannot read mask {path}: {_reason(error)}") from error
 
 
-def check(
-    samples: Iterable[Sample], on_error: Literal["raise", "skip"] = "raise"
-) -> tuple[list[Sample], list[str]]:
+def check(samples: Iterable[Sample], on_error: Literal["raise", "skip"] = "raise") -> tuple[list[Sample], list[str]]:
     """Tell which samples can't be used, before anything is computed from them.
 
     A sample's image and mask must be readable and whole, its mask must have the size of its image, and a defective
