@@ -23,7 +23,7 @@ from dpdiff._files import atomic_write
 from dpdiff.data import AnomalyDataset, Sample
 from dpdiff.metrics import IMAGE_FIGURES, PIXEL_FIGURES, image_metrics, pixel_metrics
 
-_EXAMPLE_SIZE = 256  # pixels of an example's side that are kept, at most
+_EXAMPLE_SIZE = 224  # pixels of an example's side that are kept, at most
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def evaluate(
     *,
     batch_size: int = 16,
     num_workers: int = 0,
-    n_examples: int = 4,
+    n_examples: int = 5,
     progress: bool = True,
 ) -> Results:
     """Score every image of ``dataset`` and compare with what is known about it.
