@@ -85,8 +85,8 @@ def scan_mvtec(root: Path) -> Catalogue:
     if root in folders:
         named = {root.resolve().name: root}
     else:
-        # An empty folder beside categories was meant to be one: it is listed, so that it isn't passed by in silence.
-        folders += [f for parent in parents for f in subfolders(parent) if not any(f.iterdir())]
+        # A folder beside categories that holds no file was meant to be one: it isn't to be passed by in silence.
+        folders += [f for parent in parents for f in subfolders(parent) if not any(files for _, _, files in os.walk(f))]
         # Where all lie in one folder, their own names tell them apart (VisA/1cls/candle: candle).
         named = {f.name if len(parents) == 1 else f.relative_to(root).as_posix(): f for f in folders}
     catalogue = Catalogue(categories=sorted(named, key=natural_key))
@@ -97,13 +97,18 @@ def scan_mvtec(root: Path) -> Catalogue:
 
 
 def _find_categories(folder: Path, depth: int) -> list[Path]:
-    """The folders at or below ``folder`` that have a train or test folder."""
-    children = subfolders(folder)
-    if {child.name for child in children} & {"train", *_TEST_NAMES}:
+    """The folders at or below ``folder`` that have train/good or test/<kind>; train alone may be a class (CIFAR-100)."""
+    children = {child.name: child for child in subfolders(folder)}
+    good = "train" in children and any(_is_good(kind) for kind in subfolders(children["train"]))
+    if good or any(name in children and subfolders(children[name]) for name in _TEST_NAMES):
         return [folder]
     if depth == 0:
         return []
-    return [found for child in children for found in _find_categories(child, depth - 1)]
+    return [found for child in children.values() for found in _find_categories(child, depth - 1)]
+
+
+def _is_good(kind: Path) -> bool:
+    return kind.name.lower() in _GOOD_NAMES
 
 
 def _training_images(category: Path) -> list[Path]:
@@ -111,8 +116,8 @@ def _training_images(category: Path) -> list[Path]:
     if not train.is_dir():
         return []
     kinds = subfolders(train)
-    good = [kind for kind in kinds if kind.name.lower() in _GOOD_NAMES]
-    return [image for folder in (good if kinds else [train]) for image in walk_images(folder)]
+    folders = [kind for kind in kinds if _is_good(kind)] if kinds else [train]
+    return [image for folder in folders for image in walk_images(folder)]
 
 
 def _test_samples(category: Path, name: str) -> list[Sample]:
@@ -121,7 +126,7 @@ def _test_samples(category: Path, name: str) -> list[Sample]:
         if not test.is_dir():
             continue
         for kind in subfolders(test):
-            if kind.name.lower() in _GOOD_NAMES:
+            if _is_good(kind):
                 images = kind / "img" if (kind / "img").is_dir() else kind
                 samples += [Sample(image, name) for image in walk_images(images)]
             elif kind.name != "ground_truth":  # which lies beside the kinds in MVTec AD 2

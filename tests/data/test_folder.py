@@ -274,8 +274,10 @@ def test_plain_folders(tmp_path):
     image(nested / "dog" / "deep" / "b.png")
     found = scan(nested)
     assert [(s.category, s.kind, s.label) for s in found.train] == [("cat", "good", 0), ("dog", "good", 0)]
+    image(nested / "train" / "c.png")  # a class of CIFAR-100
+    assert scan(nested).categories == ["cat", "dog", "train"]
     image(nested / "loose.png")
-    assert scan(nested).categories == ["cat", "dog", "nested"]
+    assert scan(nested).categories == ["cat", "dog", "nested", "train"]
 
 
 def test_order_is_that_of_names_not_of_the_disk(tmp_path):
@@ -304,7 +306,7 @@ def test_category_without_training_images_is_named(mvtec):
     assert scan(mvtec).categories == ["bottle", "screw", "zipper"]
     with pytest.raises(ValueError, match=r"category 'zipper' of .* has no training images$"):
         scan(mvtec, need="train")
-    (mvtec / "cable").mkdir()  # nothing in it, not even train/
+    (mvtec / "cable" / "train").mkdir(parents=True)
     with pytest.raises(ValueError, match=r"category 'cable' .* no training images \(and 1 more"):
         scan(mvtec, need="train")
     assert scan(mvtec, need="test").test
