@@ -178,17 +178,19 @@ def _category_result(dataset: AnomalyDataset, indices: Sequence[int], predicted:
     map_range = None
     if predicted[0][1] is not None:
         maps = torch.stack([map for _, map, _ in predicted]).numpy()
-        known = [i for i, (_, _, mask) in enumerate(predicted) if mask is not None]
-        if any(sample.mask for sample in samples):
-            masks = torch.stack([predicted[i][2] for i in known]).numpy()
-            figures |= pixel_metrics(maps[known], masks)
         map_range = _map_range(maps, labels)
+        if any(sample.mask for sample in samples):
+            known = [i for i, (_, _, mask) in enumerate(predicted) if mask is not None]
+            masks = torch.stack([predicted[i][2] for i in known]).numpy()
+            figures |= pixel_metrics(maps if len(known) == len(maps) else maps[known], masks)
     examples = [_example(dataset, indices[i], *predicted[i]) for i in _spread(scores, labels, n)]
     return CategoryResult(figures, scores, labels, examples, map_range)
 
 
 def _map_range(maps: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
     peaks = maps.max(axis=(1, 2))
+    if np.isnan(peaks).any():
+        raise ValueError(f"maps hold NaN (of {np.isnan(peaks).sum()} images)")
     return float(np.median(maps[:, ::4, ::4])), float(np.median(peaks[labels == 1] if labels.any() else peaks))
 
 

@@ -97,7 +97,7 @@ def scan_mvtec(root: Path) -> Catalogue:
 
 
 def _find_categories(folder: Path, depth: int) -> list[Path]:
-    """The folders at or below ``folder`` that have train/good or test/<kind>; train alone may be a class (CIFAR-100)."""
+    """The folders at or below ``folder`` that have train/good or test/<kind>; train alone may be a class of images."""
     children = {child.name: child for child in subfolders(folder)}
     good = "train" in children and any(_is_good(kind) for kind in subfolders(children["train"]))
     if good or any(name in children and subfolders(children[name]) for name in _TEST_NAMES):

@@ -148,14 +148,22 @@ def test_json_and_table(tree, tmp_path):
 
 
 class Broken(Brightness):
+    def __init__(self, output):
+        super().__init__()
+        self.output = output
+
     def predict(self, images):
         out = super().predict(images)
-        out.scores[0] = float("nan")
+        vars(out)[self.output][0] = float("nan")
         return out
 
 
-def test_errors_name_the_category(tree):
-    with pytest.raises(ValueError, match="category 'good_only': scores hold NaN"):
-        evaluate(Broken(), dataset(tree), progress=False)
+@pytest.mark.parametrize("output", ["scores", "maps"])
+def test_errors_name_the_category(tree, output):
+    with pytest.raises(ValueError, match=f"category 'good_only': {output} hold NaN"):
+        evaluate(Broken(output), dataset(tree), progress=False)
+
+
+def test_empty_data_set_is_refused():
     with pytest.raises(ValueError, match="no test image"):
         evaluate(Brightness(), AnomalyDataset([], SIZE), progress=False)
