@@ -1,0 +1,158 @@
+"""k-means over `prototype_statistics`."""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from dpdiff_kernels.checks import check_choice, check_floats, check_int, check_shape
+from dpdiff_kernels.nearest import nearest_prototype, prototype_statistics
+
+# Elements of a chunk (64 MB): what is converted or normalised is held for one chunk at a time.
+_CHUNK = 1 << 24
+# k-means++ looks at this many tokens for each prototype, drawn at random where there are more.
+_SEEDING_TOKENS = 32
+
+
+@torch.no_grad()
+def kmeans(
+    tokens: Tensor,
+    n_prototypes: int,
+    metric: str = "l2",
+    n_iters: int = 25,
+    generator: torch.Generator | None = None,
+    init: str | Tensor = "k-means++",
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """Clusters tokens by Lloyd's algorithm and returns the cluster centres.
+
+    Args:
+        tokens: (..., N, D), any float dtype, finite; all leading dimensions are flattened into N.
+        n_prototypes: how many centres, K; at most N.
+        metric: "l2" (k-means), or "cosine" (spherical k-means: only directions count, centres are unit vectors).
+        n_iters: the most Lloyd iterations; stops before at a fixed point. 0 returns the initial centres.
+        generator: of the tokens' device; torch's default one when None. The same state gives the same centres.
+        init: "k-means++" (Arthur and Vassilvitskii 2007, greedy; on a random subset of more than 32 K tokens),
+            "random" (K different tokens), or the centres themselves (K, D), as tokens in dtype and device.
+        backend: overrides the choice of implementation, see `backends`.
+
+    Returns:
+        (K, D) centres in the tokens' dtype, computed in float32 (float64 for float64 tokens). A centre that loses
+        all its tokens moves to the token farthest from its own centre. Not differentiable.
+
+    Raises:
+        TypeError, ValueError: an argument's type, dtype, shape, device or value is wrong, or tokens hold NaN or Inf.
+
+    O(N K D) for an iteration; memory beyond the input stays below one chunk of 64 MB for each step, and the seeding's
+    subset where one is drawn.
+    """
+    check_floats(tokens=tokens)
+    if tokens.dim() < 2:
+        raise ValueError(f"tokens has shape {tuple(tokens.shape)}: expected (..., N, D)")
+    tokens = tokens.reshape(math.prod(tokens.shape[:-1]), tokens.shape[-1])
+    check_int("n_prototypes", n_prototypes, 1)
+    check_int("n_iters", n_iters, 0)
+    check_choice("metric", metric, ("l2", "cosine"))
+    if n_prototypes > len(tokens):
+        raise ValueError(f"n_prototypes is {n_prototypes}: expected at most the number of tokens, {len(tokens)}")
+    if not all(bool(chunk.isfinite().all()) for chunk in tokens.split(_chunk_length(tokens))):
+        raise ValueError("tokens holds NaN or Inf: expected finite values")
+
+    if isinstance(init, Tensor):
+        check_floats(tokens=tokens, init=init)
+        check_shape("init", init, (n_prototypes, tokens.shape[1]))
+        prototypes = _prepare(init, metric)
+    elif init == "random":
+        prototypes = _prepare(tokens[_draw(tokens, n_prototypes, generator)], metric)
+    else:
+        check_choice("init", init, ("k-means++", "random"))
+        prototypes = _plus_plus(tokens, n_prototypes, metric, generator)
+
+    for _ in range(n_iters):
+        updated = _lloyd(tokens, prototypes, metric, backend)
+        if torch.equal(updated, prototypes):
+            break
+        prototypes = updated
+    return prototypes.to(tokens.dtype)
+
+
+def _chunk_length(tokens: Tensor) -> int:
+    return max(1, _CHUNK // max(1, tokens.shape[1]))
+
+
+def _prepare(tokens: Tensor, metric: str) -> Tensor:
+    """Tokens as they are clustered: float32 or float64, of unit length for cosine."""
+    tokens = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
+    if metric == "l2":
+        return tokens
+    # Scaled first, so that no square over- or underflows.
+    scaled = tokens / tokens.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(tokens.dtype).tiny)
+    return scaled / torch.linalg.vector_norm(scaled, dim=-1, keepdim=True).clamp(min=torch.finfo(tokens.dtype).tiny)
+
+
+def _chunks(tokens: Tensor, metric: str) -> Iterator[Tensor]:
+    for chunk in tokens.split(_chunk_length(tokens)):
+        yield _prepare(chunk, metric)
+
+
+def _draw(tokens: Tensor, n: int, generator: torch.Generator | None) -> Tensor:
+    """n different tokens' indices."""
+    return torch.randperm(len(tokens), generator=generator, device=tokens.device)[:n]
+
+
+def _plus_plus(tokens: Tensor, n_prototypes: int, metric: str, generator: torch.Generator | None) -> Tensor:
+    """Draws tokens one by one, with a probability proportional to the squared distance from those drawn before: each
+    time the best of a few trials, as scikit-learn does."""
+    if len(tokens) > _SEEDING_TOKENS * n_prototypes:
+        tokens = tokens[_draw(tokens, _SEEDING_TOKENS * n_prototypes, generator)]
+    tokens = _prepare(tokens, metric)
+    squares = tokens.square().sum(-1)
+    n_trials = 2 + int(math.log(n_prototypes))
+    drawn = _draw(tokens, 1, generator).expand(n_prototypes).clone()
+    distances = _squared_distances(tokens, squares, drawn[:1])[0]
+    for i in range(1, n_prototypes):
+        cumulative = distances.cumsum(0, dtype=torch.float64)
+        if cumulative[-1] == 0:  # fewer different tokens than prototypes
+            cumulative = torch.ones_like(cumulative).cumsum(0)
+        thresholds = cumulative[-1] * torch.rand(
+            n_trials, dtype=torch.float64, device=tokens.device, generator=generator
+        )
+        trials = torch.searchsorted(cumulative, thresholds, right=True).clamp(max=len(tokens) - 1)
+        candidates = torch.minimum(distances, _squared_distances(tokens, squares, trials))
+        best = candidates.sum(-1).argmin()
+        drawn[i], distances = trials[best], candidates[best]
+    return tokens[drawn]
+
+
+def _squared_distances(tokens: Tensor, squares: Tensor, indices: Tensor) -> Tensor:
+    """Of the tokens at indices (L,) to all tokens: (L, N)."""
+    distances = torch.addmm(squares, tokens[indices], tokens.mT, alpha=-2) + squares[indices, None]
+    return distances.clamp(min=0).scatter(1, indices[:, None], 0)
+
+
+def _lloyd(tokens: Tensor, prototypes: Tensor, metric: str, backend: str | None) -> Tensor:
+    """One iteration's new centres."""
+    sums = torch.zeros_like(prototypes, dtype=torch.float64)
+    counts = sums.new_zeros(len(prototypes))
+    for chunk in _chunks(tokens, metric):
+        statistics = prototype_statistics(chunk, prototypes, metric=metric, backend=backend)
+        counts += statistics.counts
+        sums += statistics.sums
+    updated = (sums / counts.clamp(min=1).unsqueeze(-1)).to(prototypes.dtype)
+    empty = (counts == 0).nonzero().flatten()
+    if len(empty) > 0:
+        updated[empty] = _prepare(tokens[_farthest(tokens, prototypes, metric, len(empty), backend)], "l2")
+    return _prepare(updated, metric)
+
+
+def _farthest(tokens: Tensor, prototypes: Tensor, metric: str, n: int, backend: str | None) -> Tensor:
+    """The indices of the n tokens farthest from their prototypes."""
+    scores = torch.cat(
+        [
+            nearest_prototype(chunk, prototypes, metric=metric, backend=backend).scores
+            for chunk in _chunks(tokens, metric)
+        ]
+    ).flatten()
+    return scores.sort(descending=metric == "l2", stable=True).indices[:n]

@@ -1,0 +1,211 @@
+"""Nearest-prototype search, aggregation and statistics, and k-means on top of them."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dpdiff_kernels import reference
+from dpdiff_kernels.backends import select
+from dpdiff_kernels.checks import check_choice, check_floats, check_groups, check_int, check_positive, check_shape
+
+METRICS = ("cosine", "dot", "l2")
+
+
+class Nearest(NamedTuple):
+    """What `nearest_prototype` returns."""
+
+    scores: Tensor
+    indices: Tensor
+
+
+class Aggregated(NamedTuple):
+    """What `aggregate_nearest` returns."""
+
+    values: Tensor
+    scores: Tensor
+    indices: Tensor
+
+
+class PrototypeStatistics(NamedTuple):
+    """What `prototype_statistics` returns."""
+
+    counts: Tensor
+    sums: Tensor
+    inertia: Tensor
+
+
+def nearest_prototype(
+    tokens: Tensor,
+    prototypes: Tensor,
+    k: int = 1,
+    metric: str = "cosine",
+    groups: Tensor | None = None,
+    active_groups: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> Nearest:
+    """Finds each token's k nearest prototypes, exactly.
+
+    Args:
+        tokens: (..., N, D), any float dtype.
+        prototypes: (K, D), shared by all tokens, or (..., K, D), one set for each batch element; as tokens in dtype and
+            device (under autocast the two are promoted to the wider dtype).
+        k: how many, from 1 to K.
+        metric: "cosine" (zero for a zero vector) or "dot", the largest first; "l2", the squared Euclidean distance, the
+            smallest first.
+        groups: (K,) int64, the group that each prototype belongs to. With `active_groups` only.
+        active_groups: (..., G) int64, the only groups that each batch element searches. Negative entries are padding;
+            an entry may repeat. The groups of an element must hold k prototypes or more between them.
+        backend: overrides the choice of implementation, see `backends`.
+
+    Returns:
+        scores: (..., N, k) float32 (float64 for float64 inputs), within 6e-7 (|x|^2 + |p|^2) of the true value, or 6e-7
+            for cosine. Differentiable in tokens and prototypes; the gradient of the cosine is zero at a zero vector.
+        indices: (..., N, k) int64. No other prototype scores better by more than that rounding; exact ties go to the
+            lowest index. A NaN score counts as the best there is, so that it shows.
+
+    Raises:
+        TypeError: an argument's type or dtype is wrong.
+        ValueError: a shape, device or option is wrong; k exceeds K; or (checked on CPU, outside torch.compile) some
+            element's active groups hold fewer than k prototypes.
+
+    O(N K D) time, in which K counts the active prototypes only; the N x K scores are never held.
+    """
+    tokens, prototypes = _check_search(tokens, prototypes, k, metric, groups, active_groups)
+    select(backend, ("reference",), tokens, prototypes)
+    flat = _flatten(tokens, prototypes, active_groups)
+    result = reference.nearest_prototype(flat[0], flat[1], k, metric, groups, flat[2])
+    return Nearest(*(t.reshape(*tokens.shape[:-1], k) for t in result))
+
+
+def aggregate_nearest(
+    tokens: Tensor,
+    prototypes: Tensor,
+    k: int = 1,
+    metric: str = "cosine",
+    temperature: float = 0.1,
+    groups: Tensor | None = None,
+    active_groups: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> Aggregated:
+    """Replaces each token by the mean of its k nearest prototypes, weighted by a softmax over their scores.
+
+    `values = sum_j softmax_j(score_j / temperature) prototype_j`, where the score of "l2" counts negatively: the
+    nearest prototype weighs most under every metric. With k=1 the value is the nearest prototype itself.
+
+    Args:
+        temperature: positive, in the unit of the scores.
+        others: as for `nearest_prototype`.
+
+    Returns:
+        values: (..., N, D) in the tokens' dtype; NaN where a score isn't finite.
+        scores, indices: as for `nearest_prototype`.
+
+    Gradients reach tokens and prototypes through values and scores; they are added up in a fixed order.
+
+    Raises:
+        TypeError, ValueError: as for `nearest_prototype`.
+    """
+    check_positive("temperature", temperature)
+    tokens, prototypes = _check_search(tokens, prototypes, k, metric, groups, active_groups)
+    select(backend, ("reference",), tokens, prototypes)
+    flat = _flatten(tokens, prototypes, active_groups)
+    values, *result = reference.aggregate_nearest(flat[0], flat[1], k, metric, temperature, groups, flat[2])
+    return Aggregated(values.reshape(tokens.shape), *(t.reshape(*tokens.shape[:-1], k) for t in result))
+
+
+def prototype_statistics(
+    tokens: Tensor,
+    prototypes: Tensor,
+    metric: str = "l2",
+    weights: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> PrototypeStatistics:
+    """Assigns each token to its nearest prototype and adds up what each prototype was given.
+
+    What k-means and moving-average updates need, in one pass: the new prototypes are `sums / counts[:, None]`.
+
+    Args:
+        tokens: (..., N, D), any float dtype; all tokens count alike, whatever their batch element.
+        prototypes: (K, D), as tokens in dtype and device. K must be at least 1 unless there are no tokens.
+        metric: "l2", "cosine" or "dot".
+        weights: (..., N) float, each token's weight; 1 when None.
+        backend: overrides the choice of implementation, see `backends`.
+
+    Returns:
+        counts: (K,) float32 (float64 for float64 inputs, as the others), the sum of the weights of each one's tokens.
+        sums: (K, D) float32, the weighted sum of the tokens themselves (under every metric).
+        inertia: () float32, the weighted sum of the tokens' distances to their prototypes: the squared distance
+            for "l2", 1 - cosine for "cosine", minus the product for "dot".
+
+    Not differentiable.
+
+    Raises:
+        TypeError, ValueError: an argument's type, dtype, shape, device or value is wrong.
+    """
+    tokens, prototypes = _check_operands(tokens, prototypes)
+    check_choice("metric", metric, METRICS)
+    check_shape("prototypes", prototypes, (prototypes.shape[0] if prototypes.dim() > 0 else 0, tokens.shape[-1]))
+    if weights is not None:
+        check_floats(weights=weights)
+        check_shape("weights", weights, tuple(tokens.shape[:-1]))
+        if weights.device != tokens.device:
+            raise ValueError(f"weights is on {weights.device}: expected {tokens.device}, where tokens is")
+    if prototypes.shape[0] == 0 and tokens.numel() > 0:
+        raise ValueError("prototypes is empty: expected at least 1 prototype for the tokens given")
+    select(backend, ("reference",), tokens, prototypes)
+    tokens = tokens.reshape(math.prod(tokens.shape[:-1]), tokens.shape[-1]).detach()
+    weights = None if weights is None else weights.reshape(tokens.shape[0]).detach()
+    return PrototypeStatistics(*reference.prototype_statistics(tokens, prototypes.detach(), metric, weights))
+
+
+def _check_operands(tokens: Tensor, prototypes: Tensor) -> tuple[Tensor, Tensor]:
+    both = (tokens, prototypes)
+    if all(isinstance(t, Tensor) and t.is_floating_point() for t in both) and torch.is_autocast_enabled(
+        tokens.device.type
+    ):
+        wider = torch.promote_types(tokens.dtype, prototypes.dtype)
+        tokens, prototypes = tokens.to(wider), prototypes.to(wider)
+    check_floats(tokens=tokens, prototypes=prototypes)
+    if tokens.dim() < 2:
+        raise ValueError(f"tokens has shape {tuple(tokens.shape)}: expected (..., N, D)")
+    return tokens, prototypes
+
+
+def _check_search(
+    tokens: Tensor, prototypes: Tensor, k: int, metric: str, groups: Tensor | None, active_groups: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    tokens, prototypes = _check_operands(tokens, prototypes)
+    batch, d = tuple(tokens.shape[:-2]), tokens.shape[-1]
+    n_prototypes = prototypes.shape[-2] if prototypes.dim() > 1 else 0
+    check_shape("prototypes", prototypes, (n_prototypes, d), (*batch, n_prototypes, d))
+    check_choice("metric", metric, METRICS)
+    check_int("k", k, 1)
+    if k > n_prototypes:
+        raise ValueError(f"k is {k}: expected at most the number of prototypes, {n_prototypes}")
+    check_groups(groups, active_groups, n_prototypes, batch, tokens.device)
+    if groups is not None and groups.device.type == "cpu" and not torch.compiler.is_compiling():
+        n_active = reference.active_prototypes(groups, active_groups.reshape(math.prod(batch), -1)).sum(-1)
+        if n_active.numel() > 0 and int(n_active.min()) < k:
+            i = int(n_active.argmin())
+            raise ValueError(
+                f"active_groups leaves batch element {i} with {int(n_active[i])} prototypes: expected at least k={k}"
+            )
+    return tokens, prototypes
+
+
+def _flatten(tokens: Tensor, prototypes: Tensor, active_groups: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """tokens (B, N, D), prototypes (K, D) or (B, K, D), active_groups (B, G); B is 1 where all share all."""
+    *batch, n, d = tokens.shape
+    n_batch = math.prod(batch)
+    if prototypes.dim() == 2 and active_groups is None:
+        return tokens.reshape(1, n_batch * n, d), prototypes, None
+    if prototypes.dim() > 2:
+        prototypes = prototypes.reshape(n_batch, *prototypes.shape[-2:])
+    if active_groups is not None:
+        active_groups = active_groups.reshape(n_batch, active_groups.shape[-1])
+    return tokens.reshape(n_batch, n, d), prototypes, active_groups
