@@ -1,0 +1,54 @@
+"""Noising and few-step reconstruction of vectors, on diffusers' schedulers."""
+
+from collections.abc import Callable
+
+import torch
+from diffusers import DDIMScheduler
+from torch import Tensor
+
+
+class Diffusion:
+    """A Gaussian diffusion whose network predicts the clean x0.
+
+    Args:
+        n_timesteps: T; timesteps run from 0 (almost clean) to T - 1 (almost noise).
+        schedule: diffusers' `beta_schedule`.
+    """
+
+    def __init__(self, n_timesteps: int = 1000, schedule: str = "squaredcos_cap_v2") -> None:
+        self.scheduler = DDIMScheduler(
+            num_train_timesteps=n_timesteps,
+            beta_schedule=schedule,
+            prediction_type="sample",
+            clip_sample=False,
+            set_alpha_to_one=True,
+        )
+
+    @property
+    def n_timesteps(self) -> int:
+        return self.scheduler.config.num_train_timesteps
+
+    def add_noise(self, x: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """x (B, ...) at timesteps (B,): sqrt(abar_t) x + sqrt(1 - abar_t) noise (Ho et al., 2020, eq. 4)."""
+        return self.scheduler.add_noise(x, noise, timesteps)
+
+    def reconstruct(
+        self, predict: Callable[[Tensor, Tensor], Tensor], x: Tensor, noise: Tensor, timestep: int, n_steps: int
+    ) -> Tensor:
+        """Noises x (B, ...) to `timestep` and denoises it in `n_steps` steps of DDIM (Song et al., 2021, eta = 0).
+
+        Args:
+            predict: (noisy x, timesteps (B,)) -> x0.
+            noise: (B, ...), standard normal.
+        """
+        timesteps = torch.linspace(timestep, 0, n_steps + 1)[:-1].round().long()
+        previous = [*timesteps[1:].tolist(), -1]
+        abar = self.scheduler.alphas_cumprod.to(x.device)
+        x = self.add_noise(x, noise, timesteps[:1].to(x.device).expand(len(x)))
+        for t, t_previous in zip(timesteps.tolist(), previous):
+            x0 = predict(x, torch.full((len(x),), t, device=x.device))
+            if t_previous < 0:
+                return x0
+            eps = (x - abar[t].sqrt() * x0) / (1 - abar[t]).sqrt()
+            x = abar[t_previous].sqrt() * x0 + (1 - abar[t_previous]).sqrt() * eps
+        return x

@@ -1,0 +1,247 @@
+"""DPDiff-AD: dual-prototype-conditioned diffusion for multi-class anomaly detection."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.transforms.v2 import functional as TF
+
+from dpdiff.backbones import DEFAULT_BACKBONE, Backbone
+from dpdiff.denoiser import Denoiser
+from dpdiff.diffusion import Diffusion
+from dpdiff.prototypes import GlobalPrototypes, LocalPrototypes
+from dpdiff.tokens import Tokenizer
+
+
+class Prediction(NamedTuple):
+    """scores (B,) float32, larger is more anomalous; maps (B, H, W) float32 anomaly maps, None where a model has none."""
+
+    scores: Tensor
+    maps: Tensor | None
+
+
+class DPDiffAD(nn.Module):
+    """One detector for many product categories, trained on normal images only and without category labels.
+
+    A frozen backbone turns an image into tokens; local prototypes (nearest-prototype aggregation) say what normal
+    structure each token is closest to, global prototypes (regularised by optimal transport) shape the space in which a
+    diffusion model, conditioned on both by prototype attention, reconstructs the tokens. What it can't reconstruct, and
+    what is far from every local prototype, is anomalous. The abstract of "DPDiff-AD" fixes these parts; what it leaves
+    open is chosen here.
+
+    Train with `dpdiff.training.train` (or the command `dpdiff train`), which calls `initialise`, `losses` and `calibrate`.
+
+    Args:
+        backbone, layers, backbone_weights, pretrained: see `Backbone`.
+        image_size: side in pixels to which images are resized.
+        stride: of the layer whose grid the tokens lie on; the one closest to 16 when None. See `Tokenizer`.
+        max_channels: channels per layer; what has more is projected on its principal components.
+        n_local, n_global: prototypes in the banks.
+        k: nearest local prototypes blended into a token's condition; temperature: of their softmax, on squared
+            distances per channel.
+        dim, depth, num_heads: of the denoiser. dim is a multiple of num_heads.
+        n_timesteps: of the diffusion.
+        timestep: to which inference noises the tokens; n_steps: DDIM steps back from there; n_samples: noise samples
+            over which the map is averaged.
+        local_weight: share of the distance to the local prototypes in the anomaly map, from 0 to 1.
+        ot_weight, local_loss_weight: of these losses beside the reconstruction's.
+        condition, prototype_attention: False leaves out the local condition, or the attention to both banks (ablations).
+
+    Raises:
+        ValueError: an argument out of its range; unknown backbone or weights that don't fit it.
+        OSError: pretrained weights can't be had.
+    """
+
+    def __init__(
+        self,
+        backbone: str = DEFAULT_BACKBONE,
+        layers: Sequence[int] | None = None,
+        backbone_weights: str | None = None,
+        pretrained: bool = True,
+        image_size: int = 256,
+        stride: int | None = None,
+        max_channels: int = 128,
+        n_local: int = 512,
+        n_global: int = 64,
+        k: int = 3,
+        temperature: float = 0.1,
+        dim: int = 192,
+        depth: int = 2,
+        num_heads: int = 6,
+        n_timesteps: int = 1000,
+        timestep: int = 300,
+        n_steps: int = 1,
+        n_samples: int = 2,
+        local_weight: float = 0.3,
+        ot_weight: float = 0.1,
+        local_loss_weight: float = 1.0,
+        condition: bool = True,
+        prototype_attention: bool = True,
+    ) -> None:
+        super().__init__()
+        arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        _check_arguments(arguments)
+        # What `load` needs to build the model again; the backbone's weights then come from the file.
+        self.config: dict[str, Any] = arguments | {"layers": None, "backbone_weights": None, "pretrained": False}
+        self.backbone = Backbone(backbone, layers, pretrained, backbone_weights)
+        self.config["layers"] = list(self.backbone.layers)
+        self.tokenizer = Tokenizer(self.backbone, image_size, stride, max_channels)
+        token_dim, n_tokens = self.tokenizer.dim, self.tokenizer.n_tokens
+        self.local_prototypes = LocalPrototypes(n_local, token_dim, k, temperature)
+        self.global_prototypes = GlobalPrototypes(n_global, dim)
+        self.denoiser = Denoiser(token_dim, n_tokens, dim, depth, num_heads, prototype_attention=prototype_attention)
+        self.diffusion = Diffusion(n_timesteps)
+        # The same noise for every image: a score depends on the image alone, not on its batch or on a seed.
+        noise = torch.randn(n_samples, n_tokens, token_dim, generator=torch.Generator().manual_seed(0))
+        self.register_buffer("noise", noise, persistent=False)
+        # Means of the reconstruction's and of the local prototypes' map on normal images, which make them comparable.
+        self.register_buffer("map_means", torch.ones(2))
+
+    @property
+    def image_size(self) -> int:
+        return self.config["image_size"]
+
+    @torch.no_grad()
+    def tokenize(self, images: Tensor) -> Tensor:
+        """images (B, 3, H, W) float in [0, 1], of any size -> tokens (B, N, D)."""
+        return self.tokenizer(self.backbone(self._resize(images)))
+
+    def initialise(self, tokens: Tensor, generator: torch.Generator | None = None) -> None:
+        """Sets the local bank by k-means over training tokens (..., D)."""
+        self.local_prototypes.initialise(tokens.flatten(0, -2), n_iters=10, generator=generator)
+
+    def losses(self, tokens: Tensor) -> dict[str, Tensor]:
+        """Training losses of clean tokens (B, N, D): "loss", what to minimise, and its parts, all scalars."""
+        config = self.config
+        noise = torch.randn_like(tokens)
+        timesteps = torch.randint(self.diffusion.n_timesteps, (len(tokens),), device=tokens.device)
+        noisy = self.diffusion.add_noise(tokens, noise, timesteps)
+        condition, distances = self.local_prototypes(tokens)
+        reconstruction = self._denoise(noisy, timesteps, condition, self._banks()).float()
+        cosine = torch.stack([m.mean() for m in self.tokenizer.cosine_distances(tokens, reconstruction)]).mean()
+        mse = F.mse_loss(reconstruction, tokens)
+        transport, swapped = self._transport(tokens, noisy)
+        local = distances.mean()
+        loss = mse + cosine + config["ot_weight"] * (transport + swapped) + config["local_loss_weight"] * local
+        return {
+            "loss": loss,
+            "cosine": cosine,
+            "mse": mse,
+            "local": local,
+            "transport": transport,
+            "swapped": swapped,
+        }
+
+    @torch.no_grad()
+    def revive(self, tokens: Tensor) -> None:
+        """Gives local prototypes that no token was nearest to of late a new place, among tokens (B, N, D)."""
+        self.local_prototypes.revive(tokens, self.local_prototypes(tokens)[1])
+
+    @torch.no_grad()
+    def calibrate(self, batches: Iterable[Tensor]) -> None:
+        """Sets the scale of both maps from tokens (B, N, D) of normal images, one pass, after training."""
+        totals, n = torch.zeros(2, dtype=torch.float64), 0
+        for tokens in batches:
+            totals += torch.stack([m.double().mean().cpu() for m in self._maps(tokens)]) * len(tokens)
+            n += len(tokens)
+        if n:
+            self.map_means.copy_(totals / n)
+
+    @torch.no_grad()
+    def predict(self, images: Tensor) -> Prediction:
+        """images (B, 3, H, W) float in [0, 1] -> `Prediction` with scores (B,) and maps (B, H, W).
+
+        Deterministic, and independent of what else is in the batch.
+
+        Raises:
+            TypeError, ValueError: images of another type, shape or range.
+        """
+        _check_images(images)
+        tokens = self.tokenize(images).float()
+        reconstruction, local = (m / mean.clamp_min(1e-12) for m, mean in zip(self._maps(tokens), self.map_means))
+        share = self.config["local_weight"]
+        maps = (1 - share) * reconstruction + share * local
+        maps = _blur(maps, sigma=maps.shape[-1] / 32)  # 8 pixels of a 256-pixel image
+        flat = maps.flatten(1)
+        scores = flat.topk(max(1, flat.shape[1] // 100), dim=1).values.mean(1)
+        maps = F.interpolate(maps.unsqueeze(1), size=images.shape[-2:], mode="bilinear", align_corners=False)
+        return Prediction(scores.float(), maps.squeeze(1).float())
+
+    def forward(self, images: Tensor) -> Prediction:
+        """The same as `predict`: what `torch.export` and `torch.compile` see."""
+        return self.predict(images)
+
+    def _maps(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Reconstruction error and distance to the local prototypes, (B, h, w) on the finest layer's grid."""
+        condition, distances = self.local_prototypes(tokens)
+        banks = self._banks()
+
+        def predict(noisy: Tensor, timesteps: Tensor) -> Tensor:
+            return self._denoise(noisy, timesteps, condition, banks).float()
+
+        errors = []
+        for noise in self.noise:
+            noise = noise.expand_as(tokens)
+            timestep, n_steps = self.config["timestep"], self.config["n_steps"]
+            reconstruction = self.diffusion.reconstruct(predict, tokens, noise, timestep, n_steps)
+            errors.append(self.tokenizer.cosine_distances(tokens, reconstruction))
+        layers = [torch.stack(samples).mean(0) for samples in zip(*errors)]
+        finest = max((layer.shape[-2:] for layer in layers), key=lambda size: size[0])
+        reconstruction = torch.stack([_upsample(layer, finest) for layer in layers]).mean(0)
+        local = _upsample(distances.unflatten(-1, self.tokenizer.grid), finest)
+        return reconstruction, local
+
+    def _denoise(self, noisy: Tensor, timesteps: Tensor, condition: Tensor, banks: list) -> Tensor:
+        return self.denoiser(noisy, timesteps, condition if self.config["condition"] else None, banks)
+
+    def _banks(self) -> list:
+        return self.denoiser.project_banks(self.local_prototypes.bank, self.global_prototypes.bank)
+
+    def _transport(self, tokens: Tensor, noisy: Tensor) -> tuple[Tensor, Tensor]:
+        """Optimal-transport losses of images (pooled tokens) and of a few tokens of each, clean and noisy."""
+        chosen = torch.randint(tokens.shape[1], (8,), device=tokens.device)
+        views = [self.denoiser.embed(x) for x in (tokens, noisy)]
+        images = [view.mean(1) for view in views]
+        some = [view[:, chosen].flatten(0, 1) for view in views]
+        pairs = zip(self.global_prototypes(*images), self.global_prototypes(*some))
+        return tuple((a + b) / 2 for a, b in pairs)
+
+    def _resize(self, images: Tensor) -> Tensor:
+        size = [self.image_size, self.image_size]
+        return images if list(images.shape[-2:]) == size else TF.resize(images, size, antialias=True)
+
+
+def _check_arguments(arguments: dict[str, Any]) -> None:
+    for name in ("image_size", "max_channels", "n_local", "n_global", "k", "dim", "depth", "num_heads", "n_steps", "n_samples"):
+        if not isinstance(arguments[name], int) or arguments[name] < 1:
+            raise ValueError(f"{name} is {arguments[name]!r}: expected a positive int")
+    if arguments["dim"] % arguments["num_heads"]:
+        raise ValueError(f"dim is {arguments['dim']}: expected a multiple of num_heads ({arguments['num_heads']})")
+    if arguments["k"] > arguments["n_local"]:
+        raise ValueError(f"k is {arguments['k']}: expected at most n_local ({arguments['n_local']})")
+    if not 0 <= arguments["timestep"] < arguments["n_timesteps"]:
+        raise ValueError(f"timestep is {arguments['timestep']}: expected 0 to n_timesteps - 1 ({arguments['n_timesteps'] - 1})")
+    if arguments["n_steps"] > arguments["timestep"] + 1:
+        raise ValueError(f"n_steps is {arguments['n_steps']}: expected at most timestep + 1 ({arguments['timestep'] + 1})")
+    if not 0 <= arguments["local_weight"] <= 1:
+        raise ValueError(f"local_weight is {arguments['local_weight']}: expected 0 to 1")
+
+
+def _check_images(images: Tensor) -> None:
+    if not isinstance(images, Tensor) or not images.is_floating_point():
+        raise TypeError(f"images is {getattr(images, 'dtype', type(images).__name__)}: expected a float tensor in [0, 1]")
+    if images.dim() != 4 or images.shape[1] != 3:
+        raise ValueError(f"images has shape {tuple(images.shape)}: expected (B, 3, H, W)")
+
+
+def _upsample(maps: Tensor, size: Sequence[int]) -> Tensor:
+    if tuple(maps.shape[-2:]) == tuple(size):
+        return maps
+    return F.interpolate(maps.unsqueeze(1), size=size, mode="bilinear", align_corners=False).squeeze(1)
+
+
+def _blur(maps: Tensor, sigma: float) -> Tensor:
+    size = 2 * round(3 * sigma) + 1
+    return TF.gaussian_blur(maps, [size, size], [sigma, sigma])

@@ -1,0 +1,75 @@
+"""Models as safetensors files: weights, and in the file's metadata the class and its configuration. Nothing is unpickled."""
+
+import json
+import os
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from dpdiff._files import atomic_write
+
+_KEY = "dpdiff"
+
+
+def save(model: nn.Module, path: str | os.PathLike) -> None:
+    """Writes a model's weights, backbone included, and its configuration to one safetensors file, whole or not at all."""
+    header = {"model": type(model).__name__, "config": model.config, "version": _version()}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    with atomic_write(path) as tmp:
+        save_file(tensors, tmp, metadata={_KEY: json.dumps(header)})
+
+
+def load(path: str | os.PathLike, device: torch.device | str = "cpu") -> nn.Module:
+    """Reads a model that `save` wrote, in evaluation mode, on `device`.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: damaged, or not a dpdiff model.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"weights file {path} does not exist")
+    header = read_header(path)
+    classes = _classes()
+    if header.get("model") not in classes:
+        raise ValueError(f"weights file {path} holds a {header.get('model')!r}: expected one of {', '.join(classes)}")
+    with safe_open(path, framework="pt", device=str(device)) as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    try:
+        model = classes[header["model"]](**header["config"])
+        model.load_state_dict(tensors)
+    except (RuntimeError, TypeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"weights file {path}, written by dpdiff {header.get('version')}, does not fit this version: {reason}"
+        ) from error
+    return model.to(device).eval()
+
+
+def read_header(path: str | os.PathLike) -> dict:
+    """The class, configuration and version in a weights file, without reading its weights."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+        return json.loads(metadata[_KEY])
+    except SafetensorError as error:
+        raise ValueError(f"weights file {path} is damaged or no safetensors file: {error}") from error
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"weights file {path} was not written by dpdiff.save") from error
+
+
+def _classes() -> dict[str, type[nn.Module]]:
+    from dpdiff.dpdiff_ad import DPDiffAD
+
+    return {"DPDiffAD": DPDiffAD}
+
+
+def _version() -> str:
+    try:
+        return version("dpdiff")
+    except PackageNotFoundError:
+        return "unknown"
