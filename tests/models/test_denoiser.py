@@ -1,0 +1,113 @@
+"""The denoiser's structure: what starts as the identity, what each input reaches, what can be computed once."""
+
+import pytest
+import torch
+
+from dpdiff.denoiser import Denoiser, DenoiserBlock, TimestepEmbedding
+
+B, N, D_TOKEN, DIM = 2, 9, 10, 24
+
+
+@pytest.fixture
+def inputs():
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    return dict(
+        noisy=randn(B, N, D_TOKEN),
+        timesteps=torch.tensor([3, 700]),
+        condition=randn(B, N, D_TOKEN),
+        local_bank=randn(12, D_TOKEN),
+        global_bank=randn(5, DIM),
+    )
+
+
+def make(**options):
+    torch.manual_seed(0)
+    return Denoiser(D_TOKEN, N, **dict(dim=DIM, depth=2, num_heads=3) | options)
+
+
+def trained(denoiser):
+    """Away from its start, where the blocks are the identity."""
+    with torch.no_grad():
+        for block in denoiser.blocks:
+            block.modulation.weight.normal_(std=0.2)
+            block.modulation.bias.normal_(std=0.2)
+    return denoiser
+
+
+def run(denoiser, noisy, timesteps, condition, local_bank, global_bank):
+    return denoiser(noisy, timesteps, condition, denoiser.project_banks(local_bank, global_bank))
+
+
+def test_blocks_start_as_the_identity():
+    torch.manual_seed(0)
+    block = DenoiserBlock(DIM, 3, 4.0, True)
+    x, t = torch.randn(B, N, DIM), torch.randn(B, 1, DIM)
+    banks = block.project_banks(torch.randn(12, DIM), torch.randn(5, DIM))
+    torch.testing.assert_close(block(x, t, banks), x, rtol=0, atol=0)
+
+
+def test_every_input_matters_once_trained(inputs):
+    denoiser = trained(make())
+    before = run(denoiser, **inputs)
+    assert before.shape == (B, N, D_TOKEN)
+    for name in inputs:
+        changed = inputs[name].flip(-1)
+        assert not torch.allclose(run(denoiser, **inputs | {name: changed}), before, atol=1e-4), name
+
+
+def test_gradients_reach_every_parameter_and_input(inputs):
+    denoiser = trained(make())
+    tensors = {name: x.requires_grad_() for name, x in inputs.items() if x.is_floating_point()}
+    run(denoiser, **inputs).square().sum().backward()
+    for name, tensor in [*denoiser.named_parameters(), *tensors.items()]:
+        assert tensor.grad is not None and tensor.grad.abs().sum() > 0, name
+
+
+def test_banks_projected_once_are_the_banks_themselves(inputs):
+    """Keys and values of the cache against PrototypeAttention given the prototypes."""
+    block = trained(make()).blocks[0]
+    local_bank, global_bank = torch.randn(12, DIM), inputs["global_bank"]
+    attention, x = block.prototype_attention, torch.randn(B, N, DIM)
+    cache = block.project_banks(local_bank, global_bank)
+    torch.testing.assert_close(attention(x, cache=cache), attention(x, local_bank, global_bank))
+
+
+def test_order_of_prototypes_and_batch_does_not_matter(inputs):
+    denoiser = trained(make())
+    before = run(denoiser, **inputs)
+    shuffled = inputs | {"local_bank": inputs["local_bank"].flip(0), "global_bank": inputs["global_bank"].roll(2, 0)}
+    torch.testing.assert_close(run(denoiser, **shuffled), before, rtol=1e-4, atol=1e-5)
+    swapped = inputs | {name: inputs[name].flip(0) for name in ("noisy", "timesteps", "condition")}
+    torch.testing.assert_close(run(denoiser, **swapped).flip(0), before, rtol=1e-4, atol=1e-5)
+
+
+def test_tokens_know_their_place_and_each_other(inputs):
+    denoiser = trained(make())
+    before = run(denoiser, **inputs)
+    noisy = inputs["noisy"].clone()
+    noisy[:, 0] += 1
+    assert not torch.allclose(run(denoiser, **inputs | {"noisy": noisy})[:, 1:], before[:, 1:], atol=1e-4)
+    rolled = inputs | {name: inputs[name].roll(1, 1) for name in ("noisy", "condition")}
+    assert not torch.allclose(run(denoiser, **rolled).roll(-1, 1), before, atol=1e-4)
+
+
+def test_without_banks_and_condition(inputs):
+    denoiser = trained(make(prototype_attention=False))
+    before = run(denoiser, **inputs | {"condition": None})
+    other = run(denoiser, **inputs | {"condition": None, "local_bank": inputs["local_bank"].cos()})
+    torch.testing.assert_close(before, other, rtol=0, atol=0)
+    assert not any("prototype" in name for name, _ in denoiser.named_parameters())
+
+
+def test_timesteps_are_told_apart():
+    torch.manual_seed(0)
+    embed = TimestepEmbedding(16)
+    embedded = embed(torch.arange(1000))
+    assert embedded.shape == (1000, 16)
+    neighbours = (embedded[1:] - embedded[:-1]).norm(dim=-1)
+    assert neighbours.min() > 0
+    torch.testing.assert_close(embed(torch.tensor([7, 400])), embedded[[7, 400]])
