@@ -10,6 +10,14 @@ STABLE_TORCH_LIBRARY(dpdiff, m) {
   m.def(
       "nearest_prototype(Tensor tokens, Tensor prototypes, int k, str metric, Tensor? groups, Tensor? active_groups)"
       " -> (Tensor scores, Tensor indices)");
+  m.def(
+      "aggregate_nearest(Tensor tokens, Tensor prototypes, int k, str metric, float temperature, Tensor? groups,"
+      " Tensor? active_groups) -> (Tensor values, Tensor scores, Tensor indices)");
+  // Of both, from the gradients of values (B, N, D) and scores (B, N, k) float32; a gradient not wanted is empty.
+  m.def(
+      "nearest_backward(Tensor tokens, Tensor prototypes, Tensor indices, Tensor? grad_values, Tensor? grad_scores,"
+      " str metric, float temperature, bool of_tokens, bool of_prototypes)"
+      " -> (Tensor grad_tokens, Tensor grad_prototypes)");
   // tokens (N, D); prototypes (K, D); weights (N,) float32
   m.def(
       "prototype_statistics(Tensor tokens, Tensor prototypes, str metric, Tensor? weights)"

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dpdiff_kernels import reference
-from dpdiff_kernels.backends import select
+from dpdiff_kernels.backends import backends, select
 from dpdiff_kernels.checks import check_choice, check_floats, check_groups, check_int, check_positive, check_shape
 
 METRICS = ("cosine", "dot", "l2")
@@ -74,9 +74,10 @@ def nearest_prototype(
     O(N K D) time, in which K counts the active prototypes only; the N x K scores are never held.
     """
     tokens, prototypes = _check_search(tokens, prototypes, k, metric, groups, active_groups)
-    select(backend, ("reference",), tokens, prototypes)
-    flat = _flatten(tokens, prototypes, active_groups)
-    result = reference.nearest_prototype(flat[0], flat[1], k, metric, groups, flat[2])
+    cpp = select(backend, ("cpp", "reference"), tokens, prototypes) == "cpp"
+    implementation = torch.ops.dpdiff.nearest_prototype if cpp else reference.nearest_prototype
+    tokens_, prototypes_, active_groups = _flatten(tokens, prototypes, active_groups)
+    result = implementation(tokens_, prototypes_, k, metric, groups, active_groups)
     return Nearest(*(t.reshape(*tokens.shape[:-1], k) for t in result))
 
 
@@ -111,9 +112,10 @@ def aggregate_nearest(
     """
     check_positive("temperature", temperature)
     tokens, prototypes = _check_search(tokens, prototypes, k, metric, groups, active_groups)
-    select(backend, ("reference",), tokens, prototypes)
-    flat = _flatten(tokens, prototypes, active_groups)
-    values, *result = reference.aggregate_nearest(flat[0], flat[1], k, metric, temperature, groups, flat[2])
+    cpp = select(backend, ("cpp", "reference"), tokens, prototypes) == "cpp"
+    implementation = torch.ops.dpdiff.aggregate_nearest if cpp else reference.aggregate_nearest
+    tokens_, prototypes_, active_groups = _flatten(tokens, prototypes, active_groups)
+    values, *result = implementation(tokens_, prototypes_, k, metric, temperature, groups, active_groups)
     return Aggregated(values.reshape(tokens.shape), *(t.reshape(*tokens.shape[:-1], k) for t in result))
 
 
@@ -157,10 +159,12 @@ def prototype_statistics(
             raise ValueError(f"weights is on {weights.device}: expected {tokens.device}, where tokens is")
     if prototypes.shape[0] == 0 and tokens.numel() > 0:
         raise ValueError("prototypes is empty: expected at least 1 prototype for the tokens given")
-    select(backend, ("reference",), tokens, prototypes)
-    tokens = tokens.reshape(math.prod(tokens.shape[:-1]), tokens.shape[-1]).detach()
-    weights = None if weights is None else weights.reshape(tokens.shape[0]).detach()
-    return PrototypeStatistics(*reference.prototype_statistics(tokens, prototypes.detach(), metric, weights))
+    cpp = select(backend, ("cpp", "reference"), tokens, prototypes) == "cpp"
+    implementation = torch.ops.dpdiff.prototype_statistics if cpp else reference.prototype_statistics
+    tokens = tokens.detach().reshape(math.prod(tokens.shape[:-1]), tokens.shape[-1]).contiguous()
+    if weights is not None:
+        weights = weights.detach().to(torch.promote_types(tokens.dtype, torch.float32)).flatten().contiguous()
+    return PrototypeStatistics(*implementation(tokens, prototypes.detach().contiguous(), metric, weights))
 
 
 def _check_operands(tokens: Tensor, prototypes: Tensor) -> tuple[Tensor, Tensor]:
@@ -199,13 +203,77 @@ def _check_search(
 
 
 def _flatten(tokens: Tensor, prototypes: Tensor, active_groups: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """tokens (B, N, D), prototypes (K, D) or (B, K, D), active_groups (B, G); B is 1 where all share all."""
+    """tokens (B, N, D), prototypes (K, D) or (B, K, D), active_groups (B, G), contiguous; B = 1 where all share all."""
     *batch, n, d = tokens.shape
     n_batch = math.prod(batch)
+    tokens, prototypes = tokens.contiguous(), prototypes.contiguous()
     if prototypes.dim() == 2 and active_groups is None:
         return tokens.reshape(1, n_batch * n, d), prototypes, None
     if prototypes.dim() > 2:
         prototypes = prototypes.reshape(n_batch, *prototypes.shape[-2:])
     if active_groups is not None:
-        active_groups = active_groups.reshape(n_batch, active_groups.shape[-1])
+        active_groups = active_groups.reshape(n_batch, active_groups.shape[-1]).contiguous()
     return tokens.reshape(n_batch, n, d), prototypes, active_groups
+
+
+def _register() -> None:
+    """Fake kernels and gradients of the native library's operators."""
+
+    @torch.library.register_fake("dpdiff::nearest_prototype")
+    def _(tokens, prototypes, k, metric, groups, active_groups):
+        shape = (tokens.shape[0], tokens.shape[1], k)
+        return tokens.new_empty(shape, dtype=torch.float32), tokens.new_empty(shape, dtype=torch.int64)
+
+    @torch.library.register_fake("dpdiff::aggregate_nearest")
+    def _(tokens, prototypes, k, metric, temperature, groups, active_groups):
+        shape = (tokens.shape[0], tokens.shape[1], k)
+        values = torch.empty_like(tokens)
+        return values, tokens.new_empty(shape, dtype=torch.float32), tokens.new_empty(shape, dtype=torch.int64)
+
+    @torch.library.register_fake("dpdiff::nearest_backward")
+    def _(tokens, prototypes, indices, grad_values, grad_scores, metric, temperature, of_tokens, of_prototypes):
+        return tuple(
+            torch.empty_like(tensor) if wanted else tensor.new_empty(0)
+            for tensor, wanted in ((tokens, of_tokens), (prototypes, of_prototypes))
+        )
+
+    @torch.library.register_fake("dpdiff::prototype_statistics")
+    def _(tokens, prototypes, metric, weights):
+        k, d = prototypes.shape
+        return tuple(tokens.new_empty(shape, dtype=torch.float32) for shape in ((k,), (k, d), ()))
+
+    def save(ctx, inputs, indices, metric, temperature):
+        ctx.save_for_backward(inputs[0], inputs[1], indices)
+        ctx.mark_non_differentiable(indices)
+        ctx.set_materialize_grads(False)
+        ctx.metric, ctx.temperature = metric, temperature
+
+    def backward(ctx, grad_values, grad_scores):
+        if grad_values is None and grad_scores is None:
+            return None, None
+        grad_values, grad_scores = (None if g is None else g.contiguous() for g in (grad_values, grad_scores))
+        wanted = ctx.needs_input_grad[:2]
+        grads = torch.ops.dpdiff.nearest_backward(
+            *ctx.saved_tensors, grad_values, grad_scores, ctx.metric, ctx.temperature, *wanted
+        )
+        return tuple(grad if needed else None for grad, needed in zip(grads, wanted))
+
+    torch.library.register_autograd(
+        "dpdiff::nearest_prototype",
+        lambda ctx, grad_scores, _: (*backward(ctx, None, grad_scores), None, None, None, None),
+        setup_context=lambda ctx, inputs, output: save(ctx, inputs, output[1], inputs[3], 1.0),
+    )
+    torch.library.register_autograd(
+        "dpdiff::aggregate_nearest",
+        lambda ctx, grad_values, grad_scores, _: (*backward(ctx, grad_values, grad_scores), *[None] * 5),
+        setup_context=lambda ctx, inputs, output: save(ctx, inputs, output[2], inputs[3], inputs[4]),
+    )
+
+    def second_backward(ctx, *_):
+        raise RuntimeError("the native nearest_prototype has no second derivative: pass backend='reference'")
+
+    torch.library.register_autograd("dpdiff::nearest_backward", second_backward)
+
+
+if backends()["cpp"]:
+    _register()

@@ -25,6 +25,9 @@ namespace dpdiff::portable {
 #undef DPDIFF_WIDTH
 
 #if defined(__x86_64__)
+#if !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC's own AVX-512 intrinsics start from undefined values
+#endif
 #include <immintrin.h>
 
 #define DPDIFF_WIDTH 8

@@ -78,6 +78,41 @@ DPDIFF_INLINE float16 from_float<float16>(float x) {
   return out;
 }
 
+// kWidth elements of another storage type.
+DPDIFF_INLINE vfloat load(const bfloat16* p) {
+  vhalf h;
+  memcpy(&h, p, sizeof h);
+  return (vfloat)(__builtin_convertvector(h, vint) << 16);
+}
+DPDIFF_INLINE void store(bfloat16* p, vfloat v) {
+#if defined(DPDIFF_AVX512)
+  const __m256bh h = _mm512_cvtneps_pbh((__m512)v);
+  memcpy(p, &h, sizeof h);
+#else
+  for (int i = 0; i < kWidth; ++i) p[i] = from_float<bfloat16>(v[i]);
+#endif
+}
+DPDIFF_INLINE vfloat load(const float16* p) {
+#if defined(DPDIFF_AVX512)
+  return (vfloat)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(DPDIFF_AVX2)
+  return (vfloat)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#else
+  vfloat v;
+  for (int i = 0; i < kWidth; ++i) v[i] = to_float(p[i]);
+  return v;
+#endif
+}
+DPDIFF_INLINE void store(float16* p, vfloat v) {
+#if defined(DPDIFF_AVX512)
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, 0));
+#elif defined(DPDIFF_AVX2)
+  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, 0));
+#else
+  for (int i = 0; i < kWidth; ++i) p[i] = from_float<float16>(v[i]);
+#endif
+}
+
 DPDIFF_INLINE vfloat select(vint mask, vfloat yes, vfloat no) { return mask ? yes : no; }
 // The maximum, where a NaN in b is passed over and one in a stays.
 DPDIFF_INLINE vfloat maximum(vfloat a, vfloat b) { return b > a ? b : a; }
@@ -92,6 +127,41 @@ DPDIFF_INLINE float reduce_max(vfloat v) {
   float best = v[0];
   for (int i = 1; i < kWidth; ++i) best = v[i] > best ? v[i] : best;
   return best;
+}
+
+// a0 b0 a1 b1 ... of the first, and of the last, kWidth / 2 lanes.
+#if DPDIFF_WIDTH == 16
+DPDIFF_INLINE vfloat interleave_low(vfloat a, vfloat b) {
+  return __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+}
+DPDIFF_INLINE vfloat interleave_high(vfloat a, vfloat b) {
+  return __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+}
+#elif DPDIFF_WIDTH == 8
+DPDIFF_INLINE vfloat interleave_low(vfloat a, vfloat b) {
+  return __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
+}
+DPDIFF_INLINE vfloat interleave_high(vfloat a, vfloat b) {
+  return __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
+}
+#else
+DPDIFF_INLINE vfloat interleave_low(vfloat a, vfloat b) { return __builtin_shufflevector(a, b, 0, 4, 1, 5); }
+DPDIFF_INLINE vfloat interleave_high(vfloat a, vfloat b) { return __builtin_shufflevector(a, b, 2, 6, 3, 7); }
+#endif
+
+// Transposes a kWidth x kWidth matrix of 32-bit values of any kind, one row a vector: log2(kWidth) perfect shuffles.
+DPDIFF_INLINE void transpose(vfloat (&rows)[kWidth]) {
+#pragma GCC unroll 4
+  for (int step = 1; step < kWidth; step *= 2) {
+    vfloat shuffled[kWidth];
+#pragma GCC unroll 8
+    for (int i = 0; i < kWidth / 2; ++i) {
+      shuffled[2 * i] = interleave_low(rows[i], rows[i + kWidth / 2]);
+      shuffled[2 * i + 1] = interleave_high(rows[i], rows[i + kWidth / 2]);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kWidth; ++i) rows[i] = shuffled[i];
+  }
 }
 
 // p * 2^n for integers n in [-127, 128]: -127 gives zero, 128 infinity.

@@ -1,5 +1,9 @@
 """nearest_prototype, aggregate_nearest and prototype_statistics against float64 brute force, faiss and each other."""
 
+import os
+import subprocess
+import sys
+
 import faiss
 import numpy as np
 import pytest
@@ -10,11 +14,12 @@ from hypothesis import strategies as st
 import dpdiff_kernels as dk
 
 METRICS = ("cosine", "dot", "l2")
-BACKENDS = ("reference",)
+BACKENDS = tuple(name for name in ("reference", "cpp") if dk.backends()[name])
 TOLERANCE = 6e-7  # of |x|^2 + |p|^2, or of 1 for cosine
 
 backends = pytest.mark.parametrize("backend", BACKENDS)
 metrics = pytest.mark.parametrize("metric", METRICS)
+native = pytest.mark.skipif("cpp" not in BACKENDS, reason="the native library is not there")
 
 
 def random(*shape, seed=0, dtype=torch.float32, offset=0.0):
@@ -299,6 +304,48 @@ def test_values(backend, metric, k):
         assert torch.equal(result.values, prototypes[nearest.indices.squeeze(-1)])
 
 
+@backends
+@metrics
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("k", [1, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_gradients_agree_with_float64(backend, metric, shared, k, dtype):
+    inputs = random(2, 40, 35, dtype=dtype), random(*([] if shared else [2]), 20, 35, seed=1, dtype=dtype)
+    grad_values, grad_scores = random(2, 40, 35, seed=2, dtype=dtype), random(2, 40, k, seed=3)
+    found = []
+    for cast, name in ((torch.Tensor.double, "reference"), (torch.clone, backend)):
+        tokens, prototypes = (cast(t).requires_grad_() for t in inputs)
+        result = dk.aggregate_nearest(tokens, prototypes, k=k, metric=metric, temperature=0.5, backend=name)
+        nearest = dk.nearest_prototype(tokens, prototypes, k=k, metric=metric, backend=name)
+        loss = (result.values * grad_values).sum() + (result.scores * grad_scores).sum() + nearest.scores.sum()
+        found.append(torch.autograd.grad(loss, (tokens, prototypes)))
+    tolerance = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
+    for expected, grad in zip(*found):
+        assert grad.dtype == dtype
+        torch.testing.assert_close(
+            grad.double(), expected, rtol=tolerance, atol=tolerance * float(expected.abs().max())
+        )
+
+
+@backends
+def test_gradients_of_one_input_or_output(backend):
+    tokens, prototypes = random(30, 8), random(10, 8, seed=1)
+    both = [t.clone().requires_grad_() for t in (tokens, prototypes)]
+    dk.aggregate_nearest(*both, k=2, backend=backend).values.sum().backward()
+    for i in range(2):
+        inputs = [tokens.clone(), prototypes.clone()]
+        inputs[i].requires_grad_()
+        dk.aggregate_nearest(*inputs, k=2, backend=backend).values.sum().backward()
+        assert torch.equal(inputs[i].grad, both[i].grad) and inputs[1 - i].grad is None
+    inputs = [t.clone().requires_grad_() for t in (tokens, prototypes)]
+    result = dk.aggregate_nearest(*inputs, k=2, backend=backend)
+    assert not result.indices.requires_grad
+    statistics = dk.prototype_statistics(*inputs, backend=backend)
+    assert not any(t.requires_grad for t in statistics)
+    with torch.no_grad():
+        assert not dk.nearest_prototype(*inputs, backend=backend).scores.requires_grad
+
+
 @metrics
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("k", [1, 3])
@@ -359,6 +406,49 @@ def test_nothing_to_search(backend):
 # --------------------------------------------------------------------------------- PyTorch's machinery
 
 
+@native
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("metric", ["cosine", "l2"])
+def test_opcheck(shared, metric):
+    ops = torch.ops.dpdiff
+    tokens, prototypes = random(2, 9, 12), random(*([] if shared else [2]), 7, 12, seed=1)
+    routes = (torch.arange(7) // 2, torch.tensor([[0, 1], [3, 2]]))
+    for t in (tokens, prototypes):
+        t.requires_grad_()
+    for groups in ((None, None), routes):
+        torch.library.opcheck(ops.nearest_prototype.default, (tokens, prototypes, 2, metric, *groups))
+        torch.library.opcheck(ops.aggregate_nearest.default, (tokens, prototypes, 2, metric, 0.1, *groups))
+    tokens, prototypes = tokens.detach(), prototypes.detach()
+    indices = torch.randint(7, (2, 9, 3), generator=torch.Generator().manual_seed(0))
+    arguments = (tokens, prototypes, indices, tokens, random(2, 9, 3), metric, 0.1)
+    torch.library.opcheck(ops.nearest_backward.default, (*arguments, True, True))
+    torch.library.opcheck(ops.nearest_backward.default, (*arguments, False, True))
+    if shared:
+        torch.library.opcheck(ops.prototype_statistics.default, (tokens[0], prototypes, metric, None))
+
+
+@native
+def test_no_second_derivative_is_an_error_rather_than_zero():
+    tokens = random(5, 4).requires_grad_()
+    scores = dk.nearest_prototype(tokens, random(3, 4, seed=1), backend="cpp").scores
+    (grad,) = torch.autograd.grad(scores.sum(), tokens, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative: pass backend='reference'"):
+        grad.sum().backward()
+
+
+@native
+@pytest.mark.skipif("DPDIFF_CPU_CAPABILITY" in os.environ, reason="runs itself")
+@pytest.mark.parametrize("capability", ["avx2", "portable"])
+def test_other_instruction_sets(capability):
+    """All of this file once more: a process chooses its instruction set when it starts."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    command += ["-k", "cpp and not compile and not export and not opcheck"]
+    result = subprocess.run(
+        command, env=os.environ | {"DPDIFF_CPU_CAPABILITY": capability}, capture_output=True, text=True, timeout=280
+    )
+    assert result.returncode == 0, result.stdout[-3000:]
+
+
 class Module(torch.nn.Module):
     def __init__(self, k=2, metric="cosine", backend=None):
         super().__init__()
@@ -372,8 +462,14 @@ class Module(torch.nn.Module):
         return values, scores, nearest.scores, nearest.indices, statistics.sums
 
 
-@backends
-@pytest.mark.parametrize(("metric", "compiler"), [("l2", "aot_eager"), ("dot", "aot_eager"), ("cosine", "inductor")])
+@pytest.mark.parametrize(
+    ("backend", "metric", "compiler"),
+    [
+        ("reference", "cosine", "aot_eager"),
+        pytest.param("cpp", "l2", "aot_eager", marks=native),
+        pytest.param("cpp", "cosine", "inductor", marks=native),
+    ],
+)
 @pytest.mark.filterwarnings("ignore")
 def test_compile_with_dynamic_shapes(backend, metric, compiler):
     module = Module(metric=metric, backend=backend)

@@ -1,0 +1,187 @@
+// Entry points of the nearest-prototype operators on CPU: outputs, routes, and the choice of instruction set.
+#include "nearest.h"
+
+#include <new>
+#include <optional>
+#include <string>
+#include <tuple>
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#define DPDIFF_KERNELS "nearest_kernels.h"
+#include "foreach_isa.h"
+
+namespace dpdiff {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+Metric parse_metric(const std::string& name) {
+  if (name == "cosine") return Metric::cosine;
+  if (name == "dot") return Metric::dot;
+  STD_TORCH_CHECK(name == "l2", "metric is ", name, ": expected cosine, dot or l2");
+  return Metric::l2;
+}
+
+Dtype dtype_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return Dtype::float32;
+    case ScalarType::Half: return Dtype::float16;
+    case ScalarType::BFloat16: return Dtype::bfloat16;
+    default: STD_TORCH_CHECK(false, "expected float32, float16 or bfloat16 tensors");
+  }
+}
+
+// The prototypes whose group is active, for each image.
+Routes route(const Tensor& groups, const Tensor& active_groups, int64_t k) {
+  const int64_t n_prototypes = groups.size(0), n_batch = active_groups.size(0), n_active = active_groups.size(1);
+  const int64_t* group = groups.const_data_ptr<int64_t>();
+  std::vector<int32_t> by_group(n_prototypes);
+  for (int64_t i = 0; i < n_prototypes; ++i) by_group[i] = int32_t(i);
+  const auto precedes = [&](int32_t a, int32_t b) { return group[a] < group[b] || (group[a] == group[b] && a < b); };
+  const bool sorted = std::is_sorted(group, group + n_prototypes);
+  if (!sorted) std::sort(by_group.begin(), by_group.end(), precedes);
+
+  Routes routes;
+  routes.begin.push_back(0);
+  for (int64_t b = 0; b < n_batch; ++b) {
+    const int64_t* listed = active_groups.const_data_ptr<int64_t>() + b * n_active;
+    std::vector<int64_t> active(listed, listed + n_active);
+    std::sort(active.begin(), active.end());
+    active.erase(std::unique(active.begin(), active.end()), active.end());
+    for (int64_t wanted : active) {
+      if (wanted < 0) continue;
+      auto place = std::lower_bound(by_group.begin(), by_group.end(), wanted,
+                                    [&](int32_t i, int64_t value) { return group[i] < value; });
+      for (; place != by_group.end() && group[*place] == wanted; ++place) routes.rows.push_back(*place);
+    }
+    if (!sorted) std::sort(routes.rows.begin() + routes.begin.back(), routes.rows.end());
+    routes.begin.push_back(int64_t(routes.rows.size()));
+    const int64_t n = routes.begin[b + 1] - routes.begin[b];
+    STD_TORCH_CHECK(n >= k, "active_groups leaves batch element ", b, " with ", n, " prototypes: expected at least k=", k);
+  }
+  return routes;
+}
+
+void search(const Tensor& tokens, const Tensor& prototypes, int64_t k, const std::string& metric, double temperature,
+            const std::optional<Tensor>& groups, const std::optional<Tensor>& active_groups, Tensor& scores,
+            Tensor& indices, Tensor* values) {
+  Nearest in;
+  in.tokens = tokens.const_data_ptr();
+  in.prototypes = prototypes.const_data_ptr();
+  in.dtype = dtype_of(tokens);
+  in.metric = parse_metric(metric);
+  in.shared = prototypes.dim() == 2;
+  in.n_batch = tokens.size(0);
+  in.n_tokens = tokens.size(1);
+  in.n_prototypes = prototypes.size(prototypes.dim() - 2);
+  in.d = tokens.size(2);
+  in.k = k;
+  in.temperature = temperature;
+  in.scores = scores.mutable_data_ptr<float>();
+  in.indices = indices.mutable_data_ptr<int64_t>();
+  in.values = values == nullptr ? nullptr : values->mutable_data_ptr();
+  STD_TORCH_CHECK(in.n_prototypes <= std::numeric_limits<int32_t>::max(), "more than 2^31 - 1 prototypes");
+  STD_TORCH_CHECK(k >= 1 && (k <= in.n_prototypes || tokens.numel() == 0), "k is ", k, " of ", in.n_prototypes, " prototypes");
+  Routes routes;
+  if (groups.has_value()) routes = route(*groups, *active_groups, k);
+  in.routes = groups.has_value() ? &routes : nullptr;
+  DPDIFF_DISPATCH(nearest)(in);
+}
+
+std::tuple<Tensor, Tensor> nearest_prototype(Tensor tokens, Tensor prototypes, int64_t k, std::string metric,
+                                             std::optional<Tensor> groups, std::optional<Tensor> active_groups) {
+  const std::vector<int64_t> shape{tokens.size(0), tokens.size(1), k};
+  Tensor scores = torch::stable::new_empty(tokens, shape, ScalarType::Float);
+  Tensor indices = torch::stable::new_empty(tokens, shape, ScalarType::Long);
+  search(tokens, prototypes, k, metric, 1, groups, active_groups, scores, indices, nullptr);
+  return {scores, indices};
+}
+
+std::tuple<Tensor, Tensor, Tensor> aggregate_nearest(Tensor tokens, Tensor prototypes, int64_t k, std::string metric,
+                                                     double temperature, std::optional<Tensor> groups,
+                                                     std::optional<Tensor> active_groups) {
+  const std::vector<int64_t> shape{tokens.size(0), tokens.size(1), k};
+  Tensor values = torch::stable::empty_like(tokens);
+  Tensor scores = torch::stable::new_empty(tokens, shape, ScalarType::Float);
+  Tensor indices = torch::stable::new_empty(tokens, shape, ScalarType::Long);
+  search(tokens, prototypes, k, metric, temperature, groups, active_groups, scores, indices, &values);
+  return {values, scores, indices};
+}
+
+std::tuple<Tensor, Tensor> nearest_backward(Tensor tokens, Tensor prototypes, Tensor indices,
+                                            std::optional<Tensor> grad_values, std::optional<Tensor> grad_scores,
+                                            std::string metric, double temperature, bool of_tokens, bool of_prototypes) {
+  const std::vector<int64_t> nothing{0};
+  Tensor grad_tokens = of_tokens ? torch::stable::empty_like(tokens) : torch::stable::new_empty(tokens, nothing);
+  Tensor grad_prototypes =
+      of_prototypes ? torch::stable::empty_like(prototypes) : torch::stable::new_empty(prototypes, nothing);
+  NearestBackward in;
+  in.tokens = tokens.const_data_ptr();
+  in.prototypes = prototypes.const_data_ptr();
+  in.indices = indices.const_data_ptr<int64_t>();
+  in.grad_values = grad_values.has_value() ? grad_values->const_data_ptr() : nullptr;
+  in.grad_scores = grad_scores.has_value() ? grad_scores->const_data_ptr<float>() : nullptr;
+  in.dtype = dtype_of(tokens);
+  in.metric = parse_metric(metric);
+  in.shared = prototypes.dim() == 2;
+  in.n_batch = tokens.size(0);
+  in.n_tokens = tokens.size(1);
+  in.n_prototypes = prototypes.size(prototypes.dim() - 2);
+  in.d = tokens.size(2);
+  in.k = indices.size(2);
+  in.temperature = temperature;
+  for (int64_t i = 0; i < indices.numel(); ++i) {
+    STD_TORCH_CHECK(in.indices[i] >= 0 && in.indices[i] < in.n_prototypes, "index ", in.indices[i], " is out of range");
+  }
+  in.grad_tokens = of_tokens ? grad_tokens.mutable_data_ptr() : nullptr;
+  in.grad_prototypes = of_prototypes ? grad_prototypes.mutable_data_ptr() : nullptr;
+  DPDIFF_DISPATCH(nearest_backward)(in);
+  return {grad_tokens, grad_prototypes};
+}
+
+std::tuple<Tensor, Tensor, Tensor> prototype_statistics(Tensor tokens, Tensor prototypes, std::string metric,
+                                                        std::optional<Tensor> weights) {
+  const int64_t n = tokens.size(0), d = tokens.size(1), n_prototypes = prototypes.size(0);
+  Tensor scores = torch::stable::new_empty(tokens, std::vector<int64_t>{1, n, 1}, ScalarType::Float);
+  Tensor indices = torch::stable::new_empty(tokens, std::vector<int64_t>{1, n, 1}, ScalarType::Long);
+  Tensor counts = torch::stable::new_empty(tokens, std::vector<int64_t>{n_prototypes}, ScalarType::Float);
+  Tensor sums = torch::stable::new_empty(tokens, std::vector<int64_t>{n_prototypes, d}, ScalarType::Float);
+  Tensor inertia = torch::stable::new_empty(tokens, std::vector<int64_t>{}, ScalarType::Float);
+  search(torch::stable::unsqueeze(tokens, 0), prototypes, 1, metric, 1, std::nullopt, std::nullopt, scores, indices, nullptr);
+
+  Statistics in;
+  in.tokens = tokens.const_data_ptr();
+  in.indices = indices.const_data_ptr<int64_t>();
+  in.weights = weights.has_value() ? weights->const_data_ptr<float>() : nullptr;
+  in.dtype = dtype_of(tokens);
+  in.n_tokens = n;
+  in.n_prototypes = n_prototypes;
+  in.d = d;
+  in.counts = counts.mutable_data_ptr<float>();
+  in.sums = sums.mutable_data_ptr<float>();
+  DPDIFF_DISPATCH(prototype_statistics)(in);
+
+  const float* score = scores.const_data_ptr<float>();
+  const double sign = metric == "l2" ? 1 : -1, offset = metric == "cosine" ? 1 : 0;
+  double total = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    total += (offset + sign * double(score[i])) * (in.weights == nullptr ? 1.0 : double(in.weights[i]));
+  }
+  *inertia.mutable_data_ptr<float>() = float(total);
+  return {counts, sums, inertia};
+}
+
+}  // namespace
+}  // namespace dpdiff
+
+STABLE_TORCH_LIBRARY_IMPL(dpdiff, CPU, m) {
+  m.impl("nearest_prototype", TORCH_BOX(&dpdiff::nearest_prototype));
+  m.impl("aggregate_nearest", TORCH_BOX(&dpdiff::aggregate_nearest));
+  m.impl("nearest_backward", TORCH_BOX(&dpdiff::nearest_backward));
+  m.impl("prototype_statistics", TORCH_BOX(&dpdiff::prototype_statistics));
+}

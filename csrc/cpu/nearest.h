@@ -1,0 +1,59 @@
+// What the nearest-prototype kernels, compiled once per instruction set, and their entry points share.
+#pragma once
+
+#include <stdint.h>
+
+#include <vector>
+
+namespace dpdiff {
+
+enum class Metric { cosine, dot, l2 };
+enum class Dtype { float32, float16, bfloat16 };
+
+// The prototypes that each image searches: rows[begin[b]] up to rows[begin[b + 1]], ascending.
+struct Routes {
+  std::vector<int64_t> begin;
+  std::vector<int32_t> rows;
+};
+
+struct Nearest {
+  const void* tokens;      // (n_batch, n_tokens, d)
+  const void* prototypes;  // (n_prototypes, d) if shared, else (n_batch, n_prototypes, d)
+  const Routes* routes;    // null: all prototypes
+  Dtype dtype;             // of tokens, prototypes and values
+  Metric metric;
+  bool shared;
+  int64_t n_batch, n_tokens, n_prototypes, d, k;
+  double temperature;
+  float* scores;     // (n_batch, n_tokens, k)
+  int64_t* indices;  // (n_batch, n_tokens, k)
+  void* values;      // (n_batch, n_tokens, d), or null
+};
+
+// Gradients of the scores, and of the values where grad_values is given, at the indices that the forward pass chose.
+struct NearestBackward {
+  const void* tokens;
+  const void* prototypes;
+  const int64_t* indices;
+  const void* grad_values;   // (n_batch, n_tokens, d), or null
+  const float* grad_scores;  // (n_batch, n_tokens, k), or null
+  Dtype dtype;               // of tokens, prototypes, grad_values and the results
+  Metric metric;
+  bool shared;
+  int64_t n_batch, n_tokens, n_prototypes, d, k;
+  double temperature;
+  void* grad_tokens;      // or null where not wanted
+  void* grad_prototypes;  // or null where not wanted
+};
+
+struct Statistics {
+  const void* tokens;  // (n_tokens, d)
+  const int64_t* indices;
+  const float* weights;  // (n_tokens,), or null: all 1
+  Dtype dtype;
+  int64_t n_tokens, n_prototypes, d;
+  float* counts;  // (n_prototypes,)
+  float* sums;    // (n_prototypes, d)
+};
+
+}  // namespace dpdiff

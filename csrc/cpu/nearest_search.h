@@ -1,0 +1,238 @@
+// The search itself: screen, shortlist, score the shortlist exactly. Included by nearest_kernels.h.
+//
+// Screening computes every key with an error of at most `error`, which is proven (see `token_errors`). A prototype whose
+// key plus error stays below the k-th best of the keys minus their errors can't be among the k best; all others are
+// scored in double. So the answer is exact whatever the screening's precision, and where no bound can be given (NaN,
+// overflow) the error is infinite and everything is scored in double.
+
+// Bit j is set where v[j] < limit does not hold.
+DPDIFF_INLINE uint32_t lanes_not_below(vfloat v, float limit) {
+#if defined(DPDIFF_AVX512)
+  return _mm512_cmp_ps_mask((__m512)v, _mm512_set1_ps(limit), _CMP_NLT_UQ);
+#elif defined(DPDIFF_AVX2)
+  return _mm256_movemask_ps(_mm256_cmp_ps((__m256)v, _mm256_set1_ps(limit), _CMP_NLT_UQ));
+#else
+  uint32_t lanes = 0;
+  for (int j = 0; j < kWidth; ++j) lanes |= uint32_t(!(v[j] < limit)) << j;
+  return lanes;
+#endif
+}
+
+// What was found for a token so far is better where its score is, NaN before all, and at equal scores the lower index.
+struct Match {
+  double goodness;
+  int64_t index;
+};
+constexpr Match kNoMatch = {-INFINITY, INT64_MAX};
+DPDIFF_INLINE bool better(const Match& a, const Match& b) {
+  const bool a_nan = a.goodness != a.goodness, b_nan = b.goodness != b.goodness;
+  if (a_nan || b_nan) return a_nan && (!b_nan || a.index < b.index);
+  return a.goodness > b.goodness || (a.goodness == b.goodness && a.index < b.index);
+}
+
+// Searches one bank for blocks of tokens.
+template <typename T, class Screen>
+class Search {
+ public:
+  typedef typename Screen::Element Element;
+  typedef typename Screen::Vector Vector;
+
+  Search(const Bank<T, Screen>& bank, int64_t k)
+      : bank_(bank), k_(k), rows_(kBlock * bank.stride()), shortlists_(kBlock * kShortlist), lows_(kBlock * k) {}
+
+  // Tokens in a block: what fits the second-level cache beside a panel, a whole number of tiles, at most kBlock.
+  static int64_t block(int64_t d) {
+    const int64_t fitting = (256 << 10) / (sizeof(Element) * (d / Screen::kChannels + 1));
+    return std::max<int64_t>(1, std::min<int64_t>(kBlock, fitting) / kTileRows) * kTileRows;
+  }
+
+  // Improves the k best matches of each of n tokens, n <= block(d), by this bank's prototypes.
+  void run(const T* tokens, int64_t n, Match* matches) {
+    tokens_ = tokens;
+    matches_ = matches;
+    for (int64_t i = 0; i < round_up(n, kTileRows); ++i) prepare(i, i < n);
+    for (int64_t panel = 0; panel < bank_.n_panels; ++panel) {
+      bound_errors(panel, round_up(n, kTileRows));
+      const int64_t vectors = round_up(bank_.size(panel), kWidth) / kWidth;
+      for (int64_t i = 0; i < n; i += kTileRows) {
+        if (vectors == 1) score_tile<1>(panel, i);
+        if (vectors == 2) score_tile<2>(panel, i);
+        if (kTileVectors > 2 && vectors == 3) score_tile<3>(panel, i);
+        if (kTileVectors > 2 && vectors == 4) score_tile<4>(panel, i);
+      }
+    }
+    for (int64_t i = 0; i < n; ++i) {
+      if (!searching_[i]) continue;
+      prune(i);
+      settle(i);
+    }
+  }
+
+ private:
+  static constexpr int64_t kBlock = 96;
+  static constexpr int64_t kShortlist = 64;
+
+  struct Candidate {
+    float upper;  // bound of its key
+    int32_t i;    // in the bank
+  };
+
+  void prepare(int64_t i, bool exists) {
+    sizes_[i] = 0;
+    lowest_[i] = -INFINITY;
+    searching_[i] = exists;
+    std::fill_n(lows_ + i * k_, k_, -INFINITY);
+    const T* x = tokens_ + i * bank_.d;
+    norms_[i] = exists ? sqrt(dot(x, x, bank_.d)) : 0;
+    const bool all_nan = norms_[i] != norms_[i], all_zero = norms_[i] == 0 && bank_.metric != Metric::l2 && bank_.finite;
+    if (exists && (all_nan || all_zero)) {  // every score is the same
+      for (int64_t j = 0; j < std::min(k_, bank_.n); ++j) insert(i, {all_nan ? NAN : 0.0, bank_.row(j)});
+      searching_[i] = false;
+    }
+    Element* row = rows_ + i * bank_.stride();
+    if (!searching_[i]) {
+      std::fill_n(row, bank_.stride(), Element{});
+      lengths_[i] = remainders_[i] = 0;
+      lowest_[i] = INFINITY;  // no key reaches it
+      return;
+    }
+    const float remainder = sqrtf(Screen::pack(x, bank_.d, 1, row));
+    remainders_[i] = remainder + sqrtf(float(bank_.d)) * 0x1p-63f;  // what its squares lost to underflow
+    lengths_[i] = 1.000001f * float(norms_[i]) + remainders_[i];
+  }
+
+  // The largest error of a key in this panel, for each token: what packing lost, by Cauchy and Schwarz, plus d + 8
+  // roundings of partial sums, plus underflow. 1.001 covers the roundings of the norms and of this formula.
+  void bound_errors(int64_t panel, int64_t n) {
+    const PanelBounds bounds = bank_.bounds(panel);
+    const float length = bounds.norm + bounds.remainder;
+    const float rounding = float(bank_.d + 8) * Screen::kRounding, underflow = float(bank_.d + 2) * 0x1p-125f;
+    for (int64_t i = 0; i < n; ++i) {
+      const float largest = lengths_[i] * length + bounds.bias;
+      float error = lengths_[i] * bounds.remainder + remainders_[i] * bounds.norm + rounding * largest;
+      error += underflow * (1 + lengths_[i] + length);
+      errors_[i] = largest < 1e38f ? 1.001f * error : INFINITY;
+      limits_[i] = lowest_[i] - errors_[i];
+    }
+  }
+
+  template <int kVectors>
+  void score_tile(int64_t panel, int64_t first) {
+    const int64_t depth = bank_.depth, stride = bank_.stride();
+    const Element* a = rows_ + first * stride;
+    const Element* b = bank_.elements(panel);
+    vfloat keys[kTileRows][kVectors];
+#pragma GCC unroll 6
+    for (int v = 0; v < kVectors; ++v) {
+#pragma GCC unroll 6
+      for (int r = 0; r < kTileRows; ++r) keys[r][v] = load(bank_.biases(panel) + v * kWidth);
+    }
+    for (int64_t t = 0; t < depth; ++t, b += kVectors * kWidth) {
+      Vector p[kVectors];
+#pragma GCC unroll 6
+      for (int v = 0; v < kVectors; ++v) memcpy(&p[v], b + v * kWidth, sizeof p[v]);
+#pragma GCC unroll 6
+      for (int r = 0; r < kTileRows; ++r) {
+        const Vector x = a[r * stride + t] - Vector{};
+#pragma GCC unroll 6
+        for (int v = 0; v < kVectors; ++v) keys[r][v] = Screen::multiply_add(keys[r][v], x, p[v]);
+      }
+    }
+#pragma GCC unroll 6
+    for (int r = 0; r < kTileRows; ++r) {
+      uint32_t reached = 0;
+#pragma GCC unroll 6
+      for (int v = 0; v < kVectors; ++v) reached |= lanes_not_below(keys[r][v], limits_[first + r]);
+      if (__builtin_expect(reached != 0, 0)) {
+        float row[kVectors * kWidth];
+#pragma GCC unroll 6
+        for (int v = 0; v < kVectors; ++v) store(row + v * kWidth, keys[r][v]);
+        shortlist(first + r, panel, row);
+      }
+    }
+  }
+
+  // Takes in what of a token's keys against one panel may be among the k best.
+  __attribute__((noinline)) void shortlist(int64_t i, int64_t panel, const float* keys) {
+    if (!searching_[i]) return;
+    const int64_t size = bank_.size(panel);
+    float* lows = lows_ + i * k_;
+    if (k_ == 1) {  // raises the limit once for the whole panel
+      vfloat best = broadcast(-INFINITY);
+      for (int64_t j = 0; j < size; j += kWidth) best = maximum(best, load(keys + j));
+      raise(i, reduce_max(best) - errors_[i]);
+    }
+    for (int64_t j = 0; j < size; j += kWidth) {
+      for (uint32_t lanes = lanes_not_below(load(keys + j), limits_[i]); lanes != 0; lanes &= lanes - 1) {
+        const int64_t lane = j + __builtin_ctz(lanes);
+        const float key = keys[lane];
+        if (lane >= size) break;
+        if (key < limits_[i]) continue;
+        if (sizes_[i] == kShortlist) make_room(i);
+        shortlists_[i * kShortlist + sizes_[i]++] = {key + errors_[i], int32_t(panel * kPanel + lane)};
+        const float low = key - errors_[i];
+        if (k_ > 1 && low > lows[k_ - 1]) {
+          int64_t place = k_ - 1;
+          for (; place > 0 && lows[place - 1] < low; --place) lows[place] = lows[place - 1];
+          lows[place] = low;
+          raise(i, lows[k_ - 1]);
+        }
+      }
+    }
+  }
+
+  void raise(int64_t i, float lowest) {
+    if (!(lowest > lowest_[i])) return;
+    lowest_[i] = lowest;
+    limits_[i] = lowest - errors_[i];
+  }
+
+  void make_room(int64_t i) {
+    prune(i);
+    if (sizes_[i] > kShortlist / 2) settle(i);
+  }
+
+  void prune(int64_t i) {
+    Candidate* candidates = shortlists_ + i * kShortlist;
+    int32_t kept = 0;
+    for (int32_t c = 0; c < sizes_[i]; ++c) {
+      if (!(candidates[c].upper < lowest_[i])) candidates[kept++] = candidates[c];
+    }
+    sizes_[i] = kept;
+  }
+
+  void settle(int64_t i) {
+    const T* x = tokens_ + i * bank_.d;
+    const Candidate* candidates = shortlists_ + i * kShortlist;
+    for (int32_t c = 0; c < sizes_[i]; ++c) {
+      const int64_t j = candidates[c].i;
+      insert(i, {goodness(x, norms_[i], bank_.prototype(j), bank_.norm(j), bank_.d, bank_.metric), bank_.row(j)});
+    }
+    sizes_[i] = 0;
+  }
+
+  void insert(int64_t i, Match match) {
+    Match* matches = matches_ + i * k_;
+    if (!better(match, matches[k_ - 1])) return;
+    int64_t place = k_ - 1;
+    for (; place > 0 && better(match, matches[place - 1]); --place) matches[place] = matches[place - 1];
+    matches[place] = match;
+  }
+
+  const Bank<T, Screen>& bank_;
+  const int64_t k_;
+  const T* tokens_ = nullptr;
+  Match* matches_ = nullptr;
+  Buffer<Element> rows_;          // the block's tokens, packed
+  Buffer<Candidate> shortlists_;  // kShortlist for each token
+  Buffer<float> lows_;            // for each token the k best lower bounds of keys, descending; not used for k = 1
+  // for each token of the block
+  bool searching_[kBlock];
+  int32_t sizes_[kBlock];      // of the shortlist
+  double norms_[kBlock];       // |x|
+  float lengths_[kBlock];      // bound of the packed token's norm
+  float remainders_[kBlock];   // bound of the norm of what packing lost
+  float errors_[kBlock];       // bound of its keys' errors in the current panel
+  float lowest_[kBlock];       // the k-th best lower bound of a key
+  float limits_[kBlock];       // lowest_ - errors_: what a key must reach
+};
