@@ -23,12 +23,14 @@ class Denoiser(nn.Module):
         depth: int = 3,
         num_heads: int = 8,
         mlp_ratio: float = 4.0,
+        condition: bool = True,
         prototype_attention: bool = True,
     ) -> None:
         super().__init__()
         self.embed = nn.Linear(token_dim, dim)
-        self.embed_condition = nn.Linear(token_dim, dim)
-        self.embed_bank = nn.Sequential(nn.Linear(token_dim, dim), nn.LayerNorm(dim))
+        # Only what takes part: a parameter without a gradient stops distributed training.
+        self.embed_condition = nn.Linear(token_dim, dim) if condition else None
+        self.embed_bank = nn.Sequential(nn.Linear(token_dim, dim), nn.LayerNorm(dim)) if prototype_attention else None
         self.position = nn.Parameter(0.02 * torch.randn(1, n_tokens, dim))
         self.embed_timestep = TimestepEmbedding(dim)
         self.blocks = nn.ModuleList(DenoiserBlock(dim, num_heads, mlp_ratio, prototype_attention) for _ in range(depth))
@@ -36,15 +38,17 @@ class Denoiser(nn.Module):
         self.out = nn.Linear(dim, token_dim)
 
     def project_banks(self, local_bank: Tensor, global_bank: Tensor) -> list:
-        """Each block's keys and values of the banks: constant at inference, so computed once for all denoising steps."""
+        """Each block's keys and values of the banks, constant at inference: computed once for all denoising steps."""
+        if self.embed_bank is None:
+            return [None] * len(self.blocks)
         local_bank = self.embed_bank(local_bank)
         global_bank = F.layer_norm(global_bank, global_bank.shape[-1:])
         return [block.project_banks(local_bank, global_bank) for block in self.blocks]
 
-    def forward(self, noisy: Tensor, timesteps: Tensor, condition: Tensor | None, banks: list) -> Tensor:
-        """noisy (B, N, D), timesteps (B,), condition (B, N, D) or None, banks of `project_banks` -> x0 (B, N, D)."""
+    def forward(self, noisy: Tensor, timesteps: Tensor, condition: Tensor, banks: list) -> Tensor:
+        """noisy (B, N, D), timesteps (B,), condition (B, N, D), banks of `project_banks` -> x0 (B, N, D)."""
         x = self.embed(noisy) + self.position
-        if condition is not None:
+        if self.embed_condition is not None:
             x = x + self.embed_condition(condition)
         t = self.embed_timestep(timesteps).unsqueeze(1)
         for block, bank in zip(self.blocks, banks):
@@ -68,9 +72,7 @@ class DenoiserBlock(nn.Module):
         nn.init.zeros_(self.modulation.weight)
         nn.init.zeros_(self.modulation.bias)
 
-    def project_banks(self, local_bank: Tensor, global_bank: Tensor) -> tuple | None:
-        if self.prototype_attention is None:
-            return None
+    def project_banks(self, local_bank: Tensor, global_bank: Tensor) -> tuple:
         return self.prototype_attention.project_banks(local_bank, global_bank)
 
     def forward(self, x: Tensor, t: Tensor, banks: tuple | None) -> Tensor:

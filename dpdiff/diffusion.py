@@ -41,11 +41,10 @@ class Diffusion:
             predict: (noisy x, timesteps (B,)) -> x0.
             noise: (B, ...), standard normal.
         """
-        timesteps = torch.linspace(timestep, 0, n_steps + 1)[:-1].round().long()
-        previous = [*timesteps[1:].tolist(), -1]
+        timesteps = [round(timestep * (n_steps - i) / n_steps) for i in range(n_steps)]
         abar = self.scheduler.alphas_cumprod.to(x.device)
-        x = self.add_noise(x, noise, timesteps[:1].to(x.device).expand(len(x)))
-        for t, t_previous in zip(timesteps.tolist(), previous):
+        x = self.add_noise(x, noise, torch.full((len(x),), timestep, device=x.device))
+        for t, t_previous in zip(timesteps, [*timesteps[1:], -1]):
             x0 = predict(x, torch.full((len(x),), t, device=x.device))
             if t_previous < 0:
                 return x0

@@ -14,6 +14,8 @@ from dpdiff.diffusion import Diffusion
 from dpdiff.prototypes import GlobalPrototypes, LocalPrototypes
 from dpdiff.tokens import Tokenizer
 
+_ROUNDING = 1e-3  # by which resizing or half precision may take pixels out of [0, 1]
+
 
 class Prediction(NamedTuple):
     """scores (B,) float32, larger is more anomalous; maps (B, H, W) float32 anomaly maps, None where a model has none."""
@@ -91,7 +93,9 @@ class DPDiffAD(nn.Module):
         token_dim, n_tokens = self.tokenizer.dim, self.tokenizer.n_tokens
         self.local_prototypes = LocalPrototypes(n_local, token_dim, k, temperature)
         self.global_prototypes = GlobalPrototypes(n_global, dim)
-        self.denoiser = Denoiser(token_dim, n_tokens, dim, depth, num_heads, prototype_attention=prototype_attention)
+        self.denoiser = Denoiser(
+            token_dim, n_tokens, dim, depth, num_heads, condition=condition, prototype_attention=prototype_attention
+        )
         self.diffusion = Diffusion(n_timesteps)
         # The same noise for every image: a score depends on the image alone, not on its batch or on a seed.
         noise = torch.randn(n_samples, n_tokens, token_dim, generator=torch.Generator().manual_seed(0))
@@ -119,7 +123,7 @@ class DPDiffAD(nn.Module):
         timesteps = torch.randint(self.diffusion.n_timesteps, (len(tokens),), device=tokens.device)
         noisy = self.diffusion.add_noise(tokens, noise, timesteps)
         condition, distances = self.local_prototypes(tokens)
-        reconstruction = self._denoise(noisy, timesteps, condition, self._banks()).float()
+        reconstruction = self.denoiser(noisy, timesteps, condition, self._banks()).float()
         cosine = torch.stack([m.mean() for m in self.tokenizer.cosine_distances(tokens, reconstruction)]).mean()
         mse = F.mse_loss(reconstruction, tokens)
         transport, swapped = self._transport(tokens, noisy)
@@ -159,7 +163,7 @@ class DPDiffAD(nn.Module):
             TypeError, ValueError: images of another type, shape or range.
         """
         _check_images(images)
-        tokens = self.tokenize(images).float()
+        tokens = self.tokenize(images.to(self.map_means.dtype)).float()
         reconstruction, local = (m / mean.clamp_min(1e-12) for m, mean in zip(self._maps(tokens), self.map_means))
         share = self.config["local_weight"]
         maps = (1 - share) * reconstruction + share * local
@@ -179,7 +183,7 @@ class DPDiffAD(nn.Module):
         banks = self._banks()
 
         def predict(noisy: Tensor, timesteps: Tensor) -> Tensor:
-            return self._denoise(noisy, timesteps, condition, banks).float()
+            return self.denoiser(noisy, timesteps, condition, banks).float()
 
         errors = []
         for noise in self.noise:
@@ -192,9 +196,6 @@ class DPDiffAD(nn.Module):
         reconstruction = torch.stack([_upsample(layer, finest) for layer in layers]).mean(0)
         local = _upsample(distances.unflatten(-1, self.tokenizer.grid), finest)
         return reconstruction, local
-
-    def _denoise(self, noisy: Tensor, timesteps: Tensor, condition: Tensor, banks: list) -> Tensor:
-        return self.denoiser(noisy, timesteps, condition if self.config["condition"] else None, banks)
 
     def _banks(self) -> list:
         return self.denoiser.project_banks(self.local_prototypes.bank, self.global_prototypes.bank)
@@ -221,6 +222,8 @@ def _check_arguments(arguments: dict[str, Any]) -> None:
         raise ValueError(f"dim is {arguments['dim']}: expected a multiple of num_heads ({arguments['num_heads']})")
     if arguments["k"] > arguments["n_local"]:
         raise ValueError(f"k is {arguments['k']}: expected at most n_local ({arguments['n_local']})")
+    if not arguments["temperature"] > 0:
+        raise ValueError(f"temperature is {arguments['temperature']}: expected a positive number")
     if not 0 <= arguments["timestep"] < arguments["n_timesteps"]:
         raise ValueError(f"timestep is {arguments['timestep']}: expected 0 to n_timesteps - 1 ({arguments['n_timesteps'] - 1})")
     if arguments["n_steps"] > arguments["timestep"] + 1:
@@ -234,6 +237,10 @@ def _check_images(images: Tensor) -> None:
         raise TypeError(f"images is {getattr(images, 'dtype', type(images).__name__)}: expected a float tensor in [0, 1]")
     if images.dim() != 4 or images.shape[1] != 3:
         raise ValueError(f"images has shape {tuple(images.shape)}: expected (B, 3, H, W)")
+    if images.numel() and not torch.compiler.is_compiling():
+        low, high = (x.item() for x in images.aminmax())
+        if not (low >= -_ROUNDING and high <= 1 + _ROUNDING):  # NaN fails it too
+            raise ValueError(f"images hold values from {low:g} to {high:g}: expected [0, 1]")
 
 
 def _upsample(maps: Tensor, size: Sequence[int]) -> Tensor:

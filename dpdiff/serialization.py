@@ -55,10 +55,10 @@ def read_header(path: str | os.PathLike) -> dict:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-        return json.loads(metadata[_KEY])
+        return {**json.loads(metadata[_KEY])}
     except SafetensorError as error:
         raise ValueError(f"weights file {path} is damaged or no safetensors file: {error}") from error
-    except (KeyError, ValueError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"weights file {path} was not written by dpdiff.save") from error
 
 

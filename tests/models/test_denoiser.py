@@ -96,11 +96,12 @@ def test_tokens_know_their_place_and_each_other(inputs):
 
 
 def test_without_banks_and_condition(inputs):
-    denoiser = trained(make(prototype_attention=False))
-    before = run(denoiser, **inputs | {"condition": None})
-    other = run(denoiser, **inputs | {"condition": None, "local_bank": inputs["local_bank"].cos()})
-    torch.testing.assert_close(before, other, rtol=0, atol=0)
-    assert not any("prototype" in name for name, _ in denoiser.named_parameters())
+    denoiser = trained(make(condition=False, prototype_attention=False))
+    before = run(denoiser, **inputs)
+    for name in ("condition", "local_bank", "global_bank"):
+        torch.testing.assert_close(run(denoiser, **inputs | {name: inputs[name].cos()}), before, rtol=0, atol=0)
+    before.sum().backward()
+    assert all(parameter.grad is not None for parameter in denoiser.parameters())
 
 
 def test_timesteps_are_told_apart():

@@ -1,0 +1,188 @@
+"""The detector as a whole: what it predicts, what it refuses, and that it learns."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import as_batch, striped, with_defect
+from PIL import Image
+from sklearn.metrics import roc_auc_score
+
+import dpdiff
+from dpdiff.data import load_image
+
+
+def prepared(model, images):
+    """With the statistics, the banks and the scales of these images, but untrained."""
+    maps = model.backbone(images)
+    model.tokenizer.fit([maps])
+    tokens = model.tokenizer(maps)
+    model.initialise(tokens, generator=torch.Generator().manual_seed(0))
+    model.calibrate([tokens])
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def images():
+    return as_batch([striped(i) for i in range(16)])
+
+
+@pytest.fixture
+def model(tiny, images):
+    return prepared(tiny(n_samples=2, n_steps=2), images)
+
+
+def test_prediction_has_the_shapes_of_the_contract(model, images):
+    out = model.predict(images[:3])
+    assert isinstance(out, dpdiff.Prediction)
+    assert out.scores.shape == (3,) and out.maps.shape == (3, 64, 64)
+    assert out.scores.dtype == out.maps.dtype == torch.float32
+    assert out.scores.isfinite().all() and out.maps.isfinite().all()
+    assert not out.scores.requires_grad
+
+
+def test_prediction_depends_on_the_image_alone(model, images):
+    together = model.predict(images)
+    torch.manual_seed(123)
+    again = model.predict(images)
+    torch.testing.assert_close(again, together, rtol=0, atol=0)
+    for i in (0, 7):
+        alone = model.predict(images[i : i + 1])
+        torch.testing.assert_close(alone.scores[0], together.scores[i], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(alone.maps[0], together.maps[i], rtol=1e-4, atol=1e-4)
+    reversed_ = model.predict(images.flip(0))
+    torch.testing.assert_close(reversed_.scores.flip(0), together.scores, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (40, 100), (1, 1), (301, 7)])
+def test_maps_have_the_size_of_the_images(model, size):
+    assert model.predict(torch.rand(2, 3, *size)).maps.shape == (2, *size)
+
+
+def test_images_are_resized_as_in_training(model, tmp_path):
+    """predict resizes tensors as load_image resizes files, but for its rounding to 8 bits."""
+    Image.fromarray(striped(3, 200)).save(tmp_path / "large.png")
+    whole, resized = (load_image(tmp_path / "large.png", size)[None] for size in (None, 64))
+    seen = []
+    model.backbone.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    assert model.predict(whole).maps.shape == (1, 200, 200)
+    torch.testing.assert_close(seen[0], resized, rtol=0, atol=1 / 255)
+
+
+def test_images_of_any_float_type_and_layout(model, images):
+    expected = model.predict(images[:2])
+    strided = images[:2].permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+    torch.testing.assert_close(model.predict(strided), expected, rtol=1e-4, atol=1e-4)
+    for dtype, tolerance in [(torch.float64, 1e-4), (torch.float16, 0.05), (torch.bfloat16, 0.2)]:
+        out = model.predict(images[:2].to(dtype))
+        assert out.maps.dtype == torch.float32
+        torch.testing.assert_close(out.scores, expected.scores, rtol=tolerance, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        (torch.rand(3, 64, 64), ValueError, r"images has shape \(3, 64, 64\): expected \(B, 3, H, W\)"),
+        (torch.rand(1, 1, 64, 64), ValueError, r"images has shape \(1, 1, 64, 64\)"),
+        (torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8), TypeError, r"images is torch.uint8: expected"),
+        ([[0.0]], TypeError, r"images is list"),
+        (255 * torch.rand(1, 3, 64, 64), ValueError, r"images .*expected .*\[0, 1\]"),
+        (torch.rand(1, 3, 64, 64) - 0.5, ValueError, r"images .*expected .*\[0, 1\]"),
+        (torch.full((1, 3, 64, 64), torch.nan), ValueError, r"images .*expected .*\[0, 1\]"),
+    ],
+)
+def test_images_of_another_type_shape_or_range_are_refused(model, given, error, message):
+    with pytest.raises(error, match=message):
+        model.predict(given)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(n_local=0), r"n_local is 0: expected a positive int"),
+        (dict(image_size=64.0), r"image_size is 64.0"),
+        (dict(k=17), r"k is 17: expected at most n_local \(16\)"),
+        (dict(dim=25), r"dim is 25: expected a multiple of num_heads \(2\)"),
+        (dict(timestep=1000), r"timestep is 1000: expected 0 to n_timesteps - 1 \(999\)"),
+        (dict(n_steps=8, timestep=3), r"n_steps is 8: expected at most timestep \+ 1 \(4\)"),
+        (dict(local_weight=1.5), r"local_weight is 1.5: expected 0 to 1"),
+        (dict(temperature=0.0), r"temperature is 0.0"),
+        (dict(backbone="resnet_eighteen"), r"backbone: timm knows no model 'resnet_eighteen'"),
+    ],
+)
+def test_arguments_out_of_range_are_refused(tiny, options, message):
+    with pytest.raises(ValueError, match=message):
+        tiny(**options)
+
+
+def test_losses_are_finite_and_reach_every_trained_parameter(model, images):
+    tokens = model.tokenize(images)
+    model.train()
+    with torch.no_grad():  # away from adaLN-zero, where the gates let no gradient through
+        for block in model.denoiser.blocks:
+            block.modulation.weight.normal_(std=0.2)
+    losses = model.losses(tokens)
+    assert all(loss.ndim == 0 and loss.isfinite() for loss in losses.values())
+    losses["loss"].backward()
+    for name, parameter in model.named_parameters():
+        if name.startswith("backbone"):
+            assert parameter.grad is None and not parameter.requires_grad
+        else:
+            assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+
+
+@pytest.mark.parametrize("option", [dict(condition=False), dict(prototype_attention=False)])
+def test_ablations_leave_no_parameter_without_a_gradient(tiny, images, option):
+    """What takes no part in the loss would stop distributed training."""
+    model = prepared(tiny(**option), images).train()
+    model.losses(model.tokenize(images))["loss"].backward()
+    assert [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
+
+
+def test_calibration_brings_both_maps_to_a_mean_of_one(model, images):
+    tokens = model.tokenize(images)
+    means = [m.mean() for m in model._maps(tokens)]
+    torch.testing.assert_close(model.map_means, torch.stack(means), rtol=1e-4, atol=1e-6)
+    once = model.map_means.clone()
+    model.calibrate([tokens[:5], tokens[5:]])  # batches of different sizes weigh by their images
+    torch.testing.assert_close(model.map_means, once, rtol=1e-4, atol=1e-6)
+
+
+def test_local_weight_blends_the_two_maps(tiny, images):
+    scores = {}
+    for weight in (0.0, 0.5, 1.0):
+        scores[weight] = prepared(tiny(local_weight=weight), images).predict(images).maps
+    torch.testing.assert_close(scores[0.5], (scores[0.0] + scores[1.0]) / 2, rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(scores[0.0], scores[1.0], atol=1e-2)
+
+
+def test_training_lowers_the_error_of_good_products_and_finds_painted_defects(tiny, images):
+    torch.manual_seed(0)
+    model = prepared(tiny(n_local=24, dim=48, timestep=300), as_batch([striped(i) for i in range(48)]))
+    tokens = model.tokenize(as_batch([striped(i) for i in range(48)]))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
+    history = []
+    model.train()
+    for _ in range(150):
+        losses = model.losses(tokens[torch.randperm(48)[:16]])
+        optimizer.zero_grad()
+        losses["loss"].backward()
+        optimizer.step()
+        history.append({name: loss.item() for name, loss in losses.items()})
+    model.eval()
+    for name in ("loss", "cosine", "mse"):  # local starts at the optimum of k-means
+        first, last = (sum(h[name] for h in part) / 10 for part in (history[:10], history[-10:]))
+        assert last < 0.8 * first, (name, first, last)
+    model.calibrate([tokens])
+
+    new = [striped(1000 + i) for i in range(24)]
+    damaged, masks = zip(*(with_defect(image, i) for i, image in enumerate(new)))
+    good, bad = model.predict(as_batch(new)), model.predict(as_batch(list(damaged)))
+    assert (bad.scores > good.scores).float().mean() >= 0.95
+    assert roc_auc_score([0] * 24 + [1] * 24, torch.cat([good.scores, bad.scores])) > 0.95
+    masks = torch.from_numpy(np.stack(masks))
+    assert roc_auc_score(masks.flatten(), bad.maps.flatten()) > 0.9
+
+
+def test_exports_to_one_graph(model, images):
+    program = torch.export.export(model, (images[:2],))
+    torch.testing.assert_close(program.module()(images[2:4]), model.predict(images[2:4]), rtol=1e-4, atol=1e-4)

@@ -1,0 +1,171 @@
+"""Weights files: what comes back, what is refused, and that none is ever half written."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import as_batch, striped
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+import dpdiff
+from dpdiff.serialization import read_header
+
+
+@pytest.fixture
+def model(tiny):
+    """With every weight and buffer away from its initial value."""
+    model = tiny(k=2, timestep=250, local_weight=0.4)
+    generator = torch.Generator().manual_seed(1)
+    for tensor in model.state_dict().values():
+        if tensor.is_floating_point():
+            tensor.add_(0.05 * torch.rand(tensor.shape, generator=generator))
+    return model
+
+
+@pytest.fixture
+def file(model, tmp_path):
+    dpdiff.save(model, tmp_path / "m.safetensors")
+    return tmp_path / "m.safetensors"
+
+
+def rewrite(file, **header):
+    """The same tensors under a header with other entries."""
+    with safe_open(file, framework="pt") as old:
+        tensors = {name: old.get_tensor(name) for name in old.keys()}
+        metadata = json.loads(old.metadata()["dpdiff"])
+    save_file(tensors, file, metadata={"dpdiff": json.dumps(metadata | header)})
+
+
+def test_round_trip_is_exact(model, file):
+    loaded = dpdiff.load(file)
+    assert type(loaded) is dpdiff.DPDiffAD and not loaded.training
+    assert loaded.config == model.config
+    weights, expected = loaded.state_dict(), model.state_dict()
+    assert list(weights) == list(expected)
+    for name in expected:
+        assert weights[name].dtype == expected[name].dtype, name
+        assert torch.equal(weights[name], expected[name]), name
+    images = as_batch([striped(i) for i in range(3)])
+    torch.testing.assert_close(loaded.predict(images), model.predict(images), rtol=0, atol=0)
+
+
+def test_saving_again_writes_the_same_bytes(file, tmp_path):
+    dpdiff.save(dpdiff.load(file), tmp_path / "again.safetensors")
+    assert (tmp_path / "again.safetensors").read_bytes() == file.read_bytes()
+
+
+def test_prediction_is_the_same_in_another_process(model, file, tmp_path):
+    images = as_batch([striped(i) for i in range(2)])
+    torch.save(images, tmp_path / "images.pt")
+    program = (
+        "import sys, torch, dpdiff; torch.set_num_threads(1)\n"
+        "out = dpdiff.load(sys.argv[1]).predict(torch.load(sys.argv[2], weights_only=True))\n"
+        "torch.save(out.maps, sys.argv[3])"
+    )
+    arguments = [str(tmp_path / name) for name in ("m.safetensors", "images.pt", "maps.pt")]
+    subprocess.run([sys.executable, "-c", program, *arguments], check=True)
+    maps = torch.load(tmp_path / "maps.pt", weights_only=True)
+    torch.testing.assert_close(maps, model.predict(images).maps, rtol=0, atol=0)
+
+
+def test_header_tells_class_configuration_and_version(model, file):
+    header = read_header(file)
+    assert header == {"model": "DPDiffAD", "config": model.config, "version": header["version"]}
+    assert header["config"]["n_local"] == 16 and header["config"]["backbone"] == "test_resnet"
+    assert header["version"] == dpdiff.serialization._version()
+    assert header["config"]["pretrained"] is False  # the file has the backbone's weights: nothing is downloaded
+
+
+def test_every_option_of_a_model_is_restored(tiny, tmp_path):
+    options = dict(
+        layers=[1, 3], stride=16, max_channels=20, k=3, condition=False, prototype_attention=False, n_samples=3
+    )
+    model = tiny(**options)
+    dpdiff.save(model, tmp_path / "m.safetensors")
+    loaded = dpdiff.load(tmp_path / "m.safetensors")
+    assert loaded.backbone.layers == (1, 3)
+    images = as_batch([striped(0)])
+    torch.testing.assert_close(loaded.predict(images), model.predict(images), rtol=0, atol=0)
+
+
+def test_no_such_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"weights file .*none.safetensors does not exist"):
+        dpdiff.load(tmp_path / "none.safetensors")
+
+
+@pytest.mark.parametrize("share", [0, 0.001, 0.5, 0.999])
+def test_truncated_file(file, share):
+    content = file.read_bytes()
+    file.write_bytes(content[: int(share * len(content))])
+    with pytest.raises(ValueError, match=r"weights file .*m.safetensors"):
+        dpdiff.load(file)
+
+
+@pytest.mark.parametrize("content", [b"not weights at all", b"\x08\0\0\0\0\0\0\0{}      ", b"\xff" * 64])
+def test_file_of_something_else(file, content):
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"weights file .*m.safetensors"):
+        dpdiff.load(file)
+
+
+def test_pickles_are_not_read(file):
+    torch.save({"a": torch.zeros(2)}, file)
+    with pytest.raises(ValueError, match=r"damaged or no safetensors file"):
+        dpdiff.load(file)
+
+
+def test_safetensors_of_others(file):
+    save_file({"weight": torch.zeros(3)}, file)
+    with pytest.raises(ValueError, match=r"was not written by dpdiff.save"):
+        dpdiff.load(file)
+    save_file({"weight": torch.zeros(3)}, file, metadata={"dpdiff": "{"})
+    with pytest.raises(ValueError, match=r"was not written by dpdiff.save"):
+        dpdiff.load(file)
+    save_file({"weight": torch.zeros(3)}, file, metadata={"dpdiff": "[1, 2]"})
+    with pytest.raises(ValueError, match=r"was not written by dpdiff.save"):
+        dpdiff.load(file)
+
+
+def test_other_class(file):
+    rewrite(file, model="PatchCore")
+    with pytest.raises(ValueError, match=r"holds a 'PatchCore': expected one of DPDiffAD"):
+        dpdiff.load(file)
+
+
+@pytest.mark.parametrize("change", [dict(n_local=17), dict(dim=48), dict(new_option=1), dict(backbone="test_vit")])
+def test_file_of_another_version(file, change):
+    """One whose options or tensors this version doesn't know, or lacks."""
+    config = read_header(file)["config"]
+    rewrite(file, version="99.0", config=config | change)
+    with pytest.raises(ValueError, match=r"written by dpdiff 99.0, does not fit this version: .") as raised:
+        dpdiff.load(file)
+    assert "\n" not in str(raised.value)
+
+
+def test_file_without_a_configuration(file):
+    rewrite(file, config=None)
+    with pytest.raises(ValueError, match=r"weights file"):
+        dpdiff.load(file)
+
+
+def test_a_failed_save_leaves_the_old_file_and_nothing_else(model, file, monkeypatch):
+    before = file.read_bytes()
+
+    def disk_full(tensors, path, metadata):
+        path.write_bytes(b"part")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("dpdiff.serialization.save_file", disk_full)
+    with pytest.raises(OSError, match="No space left"):
+        dpdiff.save(model, file)
+    assert file.read_bytes() == before
+    assert [p.name for p in file.parent.iterdir()] == [file.name]
+
+
+def test_saving_a_model_in_training_keeps_its_mode(model, tmp_path):
+    model.train()
+    dpdiff.save(model, tmp_path / "m.safetensors")
+    assert model.training
