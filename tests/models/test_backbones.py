@@ -3,15 +3,16 @@ import sys
 from pathlib import Path
 
 import pytest
-import timm
 import torch
 from PIL import Image
 from safetensors.torch import save_file
 from sklearn.datasets import load_sample_image
-from timm.data import ImageNetInfo, create_transform, resolve_model_data_config
 
 from dpdiff import backbones
 from dpdiff.backbones import Backbone, load_packaged_weights
+
+import timm  # isort: skip  (dpdiff makes torchvision importable)
+from timm.data import ImageNetInfo, create_transform, resolve_model_data_config  # isort: skip
 
 LITE0 = "tf_efficientnet_lite0"
 

@@ -1,0 +1,190 @@
+"""The rival to beat: PatchCore on the backbone, layers and image size that DPDiff-AD uses by default.
+
+    python benchmarks/baseline_knn.py --data FOLDER [--mode unified|separate] [--json FILE]
+
+K. Roth et al., Towards Total Recall in Industrial Anomaly Detection, CVPR 2022. Patch features are 3 x 3 means of each
+layer, brought to the finest layer's grid and concatenated. Those of a category are thinned to a greedy coreset of 10 %.
+Mode "separate" searches the coreset of the test image's own category, which it has to be told; "unified" searches all
+of them together, as DPDiff-AD has to. So the modes differ in nothing but what is searched. The distance to the nearest
+neighbour is the anomaly map; the image's score is that of its furthest patch, re-weighted (the paper's equation 7).
+"""
+
+import argparse
+import time
+from collections.abc import Sequence
+
+import faiss
+import numpy as np
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from dpdiff import Prediction
+from dpdiff.backbones import DEFAULT_BACKBONE, Backbone
+from dpdiff.data import AnomalyDataset, Sample, check, scan
+from dpdiff.data.products import Products
+from dpdiff.evaluation import Results, evaluate
+
+from torchvision.transforms.v2.functional import gaussian_blur  # isort: skip  (dpdiff makes it importable)
+
+CANDIDATES = 65_536  # of a category's coreset
+NEIGHBOURS = 9  # that weight an image's score
+EXACT = 30_000  # bank size up to which every entry is compared
+RECALL = 0.99  # share of exact nearest neighbours that the search in larger banks must find
+
+
+class PatchFeatures(nn.Module):
+    """images (B, 3, H, W) in [0, 1] -> patch features (B, h, w, D)."""
+
+    def __init__(self, backbone: Backbone):
+        super().__init__()
+        self.backbone = backbone
+
+    @torch.inference_mode()
+    def forward(self, images: Tensor) -> Tensor:
+        maps = [F.avg_pool2d(m, 3, stride=1, padding=1) for m in self.backbone(images)]
+        finest = max((m.shape[-2:] for m in maps), key=lambda size: size[0])
+        maps = [F.interpolate(m, size=finest, mode="bilinear", align_corners=False) for m in maps]
+        return torch.cat(maps, 1).movedim(1, -1).contiguous()
+
+
+def coreset(features: Tensor, share: float, seed: int = 0) -> Tensor:
+    """Greedy k-centre selection of a share of features (N, D): each next one is the furthest from those chosen.
+
+    Distances are those of a random projection to 128 dimensions, as in the authors' code. Of more than 64k features a
+    random 64k are candidates: the time is O(candidates x chosen).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    count = max(1, round(share * len(features)))
+    features = features[torch.randperm(len(features), generator=generator)[: max(CANDIDATES, count)]]
+    x = features
+    if x.shape[1] > 128:
+        x = x @ torch.randn(x.shape[1], 128, generator=generator).div_(128**0.5)
+    norms = x.square().sum(1)
+    nearest = torch.full((len(x),), torch.inf)
+    chosen = [0]
+    while len(chosen) < count:
+        last = chosen[-1]
+        torch.minimum(nearest, norms + norms[last] - 2 * (x @ x[last]), out=nearest)
+        nearest[last] = -torch.inf
+        chosen.append(int(nearest.argmax()))
+    return features[chosen]
+
+
+class PatchCore(nn.Module):
+    """Nearest-neighbour detector over a bank of patch features (M, D)."""
+
+    def __init__(self, features: PatchFeatures, bank: Tensor):
+        super().__init__()
+        self.features, self.bank = features, bank.numpy()
+        self.index = _index(self.bank)
+
+    def predict(self, images: Tensor) -> Prediction:
+        patches = self.features(images)
+        batch, height, width, dim = patches.shape
+        patches = patches.reshape(batch, -1, dim)
+        squared, nearest = self.index.search(patches.reshape(-1, dim).numpy(), 1)
+        distances = torch.from_numpy(squared).clamp_min(0).sqrt().view(batch, -1)
+        scores = self._weighted(patches, distances, nearest.reshape(batch, -1))
+        maps = F.interpolate(
+            distances.view(batch, 1, height, width), size=images.shape[-2:], mode="bilinear", align_corners=False
+        )
+        sigma = 4 * images.shape[-1] / 224  # 4 pixels of the paper's 224
+        size = 2 * round(3 * sigma) + 1
+        return Prediction(scores, gaussian_blur(maps, [size, size], [sigma, sigma]).squeeze(1))
+
+    def _weighted(self, patches: Tensor, distances: Tensor, nearest: np.ndarray) -> Tensor:
+        """The largest distance of each image, less where its neighbour lies alone in the bank (equation 7)."""
+        largest, furthest = distances.max(1)
+        if len(self.bank) < NEIGHBOURS:
+            return largest
+        rows = torch.arange(len(patches))
+        neighbour = nearest[rows.numpy(), furthest.numpy()]
+        around = self.index.search(self.bank[neighbour], NEIGHBOURS)[1]
+        beside = (patches[rows, furthest].unsqueeze(1) - torch.from_numpy(self.bank[around])).norm(dim=-1)
+        return (1 - (largest - beside.logsumexp(1)).exp()) * largest
+
+
+def _index(bank: np.ndarray) -> faiss.Index:
+    """Exact search in a small bank; in a large one, as many of its clusters as the wanted recall takes."""
+    exact = faiss.IndexFlatL2(bank.shape[1])
+    exact.add(bank)
+    if len(bank) <= EXACT:
+        return exact
+    index = faiss.IndexIVFFlat(faiss.IndexFlatL2(bank.shape[1]), bank.shape[1], 4 * round(len(bank) ** 0.5))
+    index.train(bank)
+    index.add(bank)
+    rng = np.random.default_rng(0)
+    queries = rng.choice(bank, 1000, replace=False)
+    queries = queries + rng.normal(scale=bank.std(0) * 0.3, size=queries.shape).astype(np.float32)
+    wanted = exact.search(queries, 1)[1]
+    index.nprobe = 8
+    while index.nprobe < index.nlist and (index.search(queries, 1)[1] == wanted).mean() < RECALL:
+        index.nprobe *= 2
+    return index
+
+
+def run(
+    train: Sequence[Sample],
+    test: Sequence[Sample],
+    categories: Sequence[str],
+    mode: str,
+    image_size: int = 256,
+    share: float = 0.1,
+    backbone: Backbone | None = None,
+) -> Results:
+    """Build the banks and evaluate them."""
+    features = PatchFeatures(backbone or Backbone())
+    banks = {}
+    for category in track(categories, description="Building banks", console=Console(stderr=True)):
+        samples = [sample for sample in train if sample.category == category]
+        loader = DataLoader(AnomalyDataset(samples, image_size), batch_size=16)
+        patches = torch.cat([features(batch["image"]).flatten(0, 2) for batch in loader])
+        banks[category] = coreset(patches, share)
+    if mode == "unified":
+        model = PatchCore(features, torch.cat(list(banks.values())))
+        return evaluate(model, AnomalyDataset(test, image_size, categories))
+    parts = []
+    for category, bank in banks.items():
+        samples = [sample for sample in test if sample.category == category]
+        parts.append(evaluate(PatchCore(features, bank), AnomalyDataset(samples, image_size), progress=False))
+    return Results({k: v for part in parts for k, v in part.categories.items()}, sum(part.seconds for part in parts))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--data", metavar="FOLDER", help="data set in any layout that dpdiff reads")
+    source.add_argument("--products", metavar="N", type=int, help="the embedded set with N categories")
+    parser.add_argument("--mode", choices=("unified", "separate"), default="unified")
+    parser.add_argument("--json", metavar="FILE", help="write the figures, laid out as by dpdiff evaluate")
+    parser.add_argument("--backbone", default=DEFAULT_BACKBONE, help="a timm model (default: %(default)s)")
+    parser.add_argument("--layers", type=int, nargs="+", help="its stages or blocks (default: as DPDiff-AD)")
+    parser.add_argument("--image-size", type=int, default=256, help="side in pixels (default: %(default)s)")
+    parser.add_argument("--coreset", type=float, default=0.1, help="share of patches kept (default: %(default)s)")
+    args = parser.parse_args()
+    if not 0 < args.coreset <= 1:
+        parser.error(f"--coreset must be in (0, 1], got {args.coreset}")
+    start = time.perf_counter()
+    try:
+        found = scan(args.data if args.data else Products(args.products).root, need="train")
+        check(found.train + found.test)
+        backbone = Backbone(args.backbone, args.layers)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    if not found.test:
+        parser.error(f"{args.data} has no test images")
+    results = run(found.train, found.test, found.categories, args.mode, args.image_size, args.coreset, backbone)
+    console = Console()
+    console.print(f"{args.mode} k-NN, {args.backbone}, layers {backbone.layers}, {args.image_size} pixels")
+    console.print(results.table())
+    console.print(f"{results.images_per_second:.1f} images/s, {time.perf_counter() - start:.0f} s in all")
+    if args.json:
+        results.save_json(args.json)
+
+
+if __name__ == "__main__":
+    main()
