@@ -1,0 +1,5 @@
+import sys
+
+from dpdiff.cli import main
+
+sys.exit(main())

@@ -1,0 +1,3 @@
+from dpdiff.cli.app import main
+
+__all__ = ["main"]

@@ -1,0 +1,52 @@
+"""`dpdiff info`."""
+
+from __future__ import annotations
+
+import json
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dpdiff.cli.model_options import MODELS, defaults, model_class
+
+_LIBRARIES = ("torchvision", "timm", "lightning", "torchmetrics", "diffusers", "safetensors")
+
+
+def info(
+    weights: Annotated[Path | None, typer.Option(metavar="FILE", help="Show what this weights file holds.")] = None,
+) -> None:
+    """Show versions, devices and backends, and the models' options; or what a weights file holds.
+
+    Example: `dpdiff info --weights runs/mvtec/model.safetensors`
+    """
+    if weights is not None:
+        from dpdiff.serialization import read_header
+
+        print(json.dumps(read_header(weights), indent=2))
+        return
+    import dpdiff_kernels as dk
+    from dpdiff import training
+
+    dk.show_config()
+    print()
+    for library in _LIBRARIES:
+        print(f"{library:<16}  {_version(library)}")
+    for name in MODELS:
+        print(f"\n--model {name}, set with --set NAME=VALUE:")
+        _print_options(defaults(model_class(name)))
+    print("\nTraining:")
+    _print_options(defaults(training.train))
+
+
+def _print_options(options: dict) -> None:
+    for name, default in options.items():
+        print(f"  {name:<20}  {'none' if default is None else default}")
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,96 @@
+"""What commands are given, checked before any work: data, devices and places to write to."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+if TYPE_CHECKING:
+    import torch
+
+    from dpdiff.data import Catalogue, Sample
+
+OnCorrupt = Literal["raise", "skip"]
+
+Data = Annotated[
+    str,
+    typer.Option(
+        metavar="FOLDER",
+        help="MVTec AD style, VisA, Real-IAD, or any folder of normal images; products:N[:SEED] renders N categories.",
+    ),
+]
+Weights = Annotated[Path, typer.Option(metavar="FILE", help="A model that train wrote, DIR/model.safetensors.")]
+Device = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="cpu, cuda, cuda:1; else a GPU if there is one.", rich_help_panel="Hardware"),
+]
+BatchSize = Annotated[int, typer.Option(metavar="N", min=1, help="Images at a time.", rich_help_panel="Hardware")]
+Workers = Annotated[
+    int, typer.Option(metavar="N", min=0, help="Processes that read images.", rich_help_panel="Hardware")
+]
+Corrupt = Annotated[OnCorrupt, typer.Option(help="Unreadable images: refuse them, or name and skip them.")]
+
+
+def read_catalogue(data: str, need: Literal["train", "test"]) -> Catalogue:
+    """The data set that --data names, rendered if need be."""
+    from dpdiff.data import scan
+
+    return scan(data_folder(data), need=need)
+
+
+def is_products(data: str) -> bool:
+    return data.startswith("products:")
+
+
+def data_folder(data: str) -> Path:
+    """The folder that --data names; that of products:N[:SEED] is rendered first unless it is there."""
+    if not is_products(data):
+        return Path(data)
+    match = re.fullmatch(r"products:([0-9]+)(?::([0-9]+))?", data)
+    if not match:
+        raise ValueError(f"--data is {data!r}: expected a folder, products:N or products:N:SEED")
+    from dpdiff.data.products import Products
+
+    return Products(int(match[1]), int(match[2] or 0)).root
+
+
+def usable(samples: Sequence[Sample], on_corrupt: OnCorrupt) -> list[Sample]:
+    """The samples whose files are fit for use; names the others on standard error, or raises for them."""
+    from dpdiff.data import check
+
+    good, problems = check(samples, on_corrupt)
+    for problem in problems:
+        print(f"dpdiff: skipped: {problem}", file=sys.stderr)
+    if not good:
+        raise ValueError("no usable image is left")
+    return good
+
+
+def find_device(name: str | None) -> torch.device:
+    import torch
+
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.zeros(0, device=name).device
+    except Exception as error:  # an unknown name, a device that isn't there, a torch built without it
+        raise ValueError(f"--device is {name!r}, which can't be used here: {str(error).splitlines()[0]}") from error
+
+
+def check_writable(path: Path, option: str, *, folder: bool) -> None:
+    """Refuses a place that can't be written to; makes nothing yet."""
+    if folder and path.exists() and not path.is_dir():
+        raise ValueError(f"{option} {path} is a file: expected a folder")
+    if not folder and path.is_dir():
+        raise ValueError(f"{option} {path} is a folder: expected a file")
+    there = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+    if not path.exists() and not there.is_dir():
+        raise ValueError(f"{option} {path} can't be made: {there} is a file")
+    if not os.access(there, os.W_OK):
+        raise ValueError(f"{option} {path} can't be written: no permission for {there}")
