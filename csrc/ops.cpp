@@ -22,11 +22,20 @@ STABLE_TORCH_LIBRARY(dpdiff, m) {
   m.def(
       "prototype_statistics(Tensor tokens, Tensor prototypes, str metric, Tensor? weights)"
       " -> (Tensor counts, Tensor sums, Tensor inertia)");
-  // query (B, H, N, E); banks (H, M, E) or (B, H, M, E); gate (B, H, N) float32; lse_* (B, H, N) float32
+  // query (B, H, N, E); banks (H, M, E) or (B, H, M, E); gate (B, H, N) float32; scale not negative. For the backward
+  // pass, of each softmax (two with a gate): reference and total (S, B, H, N) float32, the score that exponents are
+  // relative to and the sum of exponentials; with a gate, difference (B, H, N, E): the global minus the local answer.
   m.def(
       "prototype_attention(Tensor query, Tensor local_key, Tensor local_value, Tensor? global_key,"
-      " Tensor? global_value, Tensor? gate, float scale, Tensor? groups, Tensor? active_groups)"
-      " -> (Tensor out, Tensor lse_local, Tensor lse_global)");
+      " Tensor? global_value, Tensor? gate, float scale, Tensor? groups, Tensor? active_groups, bool for_backward)"
+      " -> (Tensor out, Tensor reference, Tensor total, Tensor difference)");
+  // Empty where there is no such input.
+  m.def(
+      "prototype_attention_backward(Tensor grad_out, Tensor query, Tensor local_key, Tensor local_value,"
+      " Tensor? global_key, Tensor? global_value, Tensor? gate, float scale, Tensor? groups, Tensor? active_groups,"
+      " Tensor out, Tensor reference, Tensor total, Tensor difference)"
+      " -> (Tensor grad_query, Tensor grad_local_key, Tensor grad_local_value, Tensor grad_global_key,"
+      " Tensor grad_global_value, Tensor grad_gate)");
   // cost (B, N, M) float32; a (B, N), b (B, M) float32
   m.def(
       "sinkhorn(Tensor cost, Tensor a, Tensor b, float eps, int n_iters, float? tol, float? tau_a, float? tau_b)"

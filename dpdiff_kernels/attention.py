@@ -58,11 +58,13 @@ def prototype_attention(
     gate then has no gradient), and an empty global bank leaves it to the local one. A NaN in a query stays in its row;
     one in a key or value reaches every token that attends to that prototype.
 
-    Gradients reach query, banks and gate; those of a shared bank are summed over the batch.
+    Gradients reach query, banks and gate; those of a shared bank are summed over the batch, in an order that depends on
+    the shapes alone. On `cpp` they are recomputed block by block from two floats saved for each token, head and
+    softmax (with a gate, also the difference of the two answers), and can't be differentiated again.
 
     Raises:
         TypeError, ValueError: wrong types, dtypes, shapes or devices; ValueError where a batch element has no prototype
-            to attend to. (That last one is found in eager mode on CPU; elsewhere such a batch element gets NaN.)
+            to attend to. (The reference finds that last one in eager mode on CPU; elsewhere it answers NaN.)
     """
     tensors = (query, local_key, local_value, global_key, global_value, gate)
     if isinstance(query, Tensor) and torch.is_autocast_enabled(query.device.type):
@@ -82,26 +84,27 @@ def prototype_attention(
             raise ValueError("local_key has no prototypes, and there is no global bank: expected at least one")
         local_key, local_value, global_key, global_value = global_key, global_value, None, None
         gate = groups = active_groups = None
-    backend = select(backend, ("reference",), query)
+    backend = select(backend, ("cpp", "reference"), query)
 
     batch = math.prod(batch_shape)
+    flat = query.reshape(batch, heads, n_tokens, channels)
+    banks = [_flatten_bank(bank, batch) for bank in (local_key, local_value, global_key, global_value)]
     if gate is not None:
         gate = gate.expand(*batch_shape, heads, n_tokens).reshape(batch, heads, n_tokens)
     if active_groups is not None:
         active_groups = active_groups.reshape(batch, active_groups.shape[-1])
-        if global_key is None and query.device.type == "cpu" and not torch.compiler.is_compiling():
+    if backend == "cpp":
+        if gate is not None:
+            gate = gate.float()
+        if scale < 0:
+            flat, scale = -flat, -scale
+        for_backward = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (flat, *banks, gate))
+        operator = torch.ops.dpdiff.prototype_attention
+        out = operator(flat, *banks, gate, scale, groups, active_groups, for_backward)[0]
+    else:
+        if active_groups is not None and global_key is None and not torch.compiler.is_compiling():
             _check_routes(groups, active_groups)
-    out = reference.prototype_attention(
-        query.reshape(batch, heads, n_tokens, channels),
-        _flatten_bank(local_key, batch),
-        _flatten_bank(local_value, batch),
-        _flatten_bank(global_key, batch),
-        _flatten_bank(global_value, batch),
-        gate,
-        scale,
-        groups,
-        active_groups,
-    )
+        out = reference.prototype_attention(flat, *banks, gate, scale, groups, active_groups)
     return out.reshape(query.shape)
 
 
@@ -162,11 +165,64 @@ def _flatten_bank(bank: Tensor | None, batch: int) -> Tensor | None:
 
 
 def _check_routes(groups: Tensor, active_groups: Tensor) -> None:
-    if not reference.active_prototypes(groups, active_groups).any(-1).all():
+    if groups.device.type == "cpu" and not reference.active_prototypes(groups, active_groups).any(-1).all():
         raise ValueError(
             "active_groups leaves a batch element without local prototypes, and there is no global bank: "
             "expected at least one active prototype each"
         )
+
+
+def _fake(query, local_key, local_value, global_key, global_value, gate, scale, groups, active_groups, for_backward):
+    batch, heads, n_tokens, _ = query.shape
+    softmaxes = 1 if gate is None else 2
+    sums = (softmaxes, batch, heads, n_tokens) if for_backward else (0,)
+    return (
+        _empty_like_query(query),
+        query.new_empty(sums, dtype=torch.float32),
+        query.new_empty(sums, dtype=torch.float32),
+        _empty_like_query(query) if for_backward and gate is not None else query.new_empty(0),
+    )
+
+
+def _fake_backward(grad_out, query, local_key, local_value, global_key, global_value, gate, *_):
+    grads = [
+        query.new_empty(0 if bank is None else bank.shape)
+        for bank in (local_key, local_value, global_key, global_value)
+    ]
+    return _empty_like_query(query), *grads, query.new_empty(0 if gate is None else gate.shape, dtype=torch.float32)
+
+
+def _empty_like_query(query: Tensor) -> Tensor:
+    batch, heads, n_tokens, channels = query.shape
+    return query.new_empty(batch, n_tokens, heads, channels).transpose(1, 2)
+
+
+def _save(ctx, inputs, output) -> None:
+    *tensors, ctx.scale, groups, active_groups, _ = inputs
+    ctx.save_for_backward(*tensors, groups, active_groups, *output)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad_out, *_):
+    if grad_out is None:
+        return (None,) * 10
+    *tensors, groups, active_groups, out, reference, total, difference = ctx.saved_tensors
+    grads = torch.ops.dpdiff.prototype_attention_backward(
+        grad_out, *tensors, ctx.scale, groups, active_groups, out, reference, total, difference
+    )
+    return *(None if t is None else grad for t, grad in zip(tensors, grads)), None, None, None, None
+
+
+def _no_second_backward(ctx, *grads):
+    raise RuntimeError("prototype_attention's cpp backend has no second derivative: use backend='reference'")
+
+
+if hasattr(torch.ops.dpdiff, "prototype_attention"):  # the native library is there
+    torch.library.register_fake("dpdiff::prototype_attention", _fake)
+    torch.library.register_fake("dpdiff::prototype_attention_backward", _fake_backward)
+    torch.library.register_autograd("dpdiff::prototype_attention", _backward, setup_context=_save)
+    torch.library.register_autograd("dpdiff::prototype_attention_backward", _no_second_backward)
 
 
 class ProjectedBanks(NamedTuple):

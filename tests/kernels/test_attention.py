@@ -1,5 +1,9 @@
 """prototype_attention and PrototypeAttention against per-image float64 loops and torch's own attention."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,7 +11,7 @@ from torch import Tensor
 
 import dpdiff_kernels as dk
 
-BACKENDS = ["reference"]
+BACKENDS = ["reference", *(["cpp"] if dk.backends()["cpp"] else [])]
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
 
@@ -419,6 +423,82 @@ def test_nothing_to_attend_to_is_an_error(backend):
 def test_mixed_devices():
     with pytest.raises(ValueError, match="local_value is on meta"):
         dk.prototype_attention(**{**inputs(), "local_value": torch.ones(2, 11, 16, device="meta")})
+
+
+def flat_arguments(banks: str, batched: bool, routed: bool, dtype=torch.float32) -> tuple:
+    tensors = inputs(batched=batched, dtype=dtype, **BANKS[banks])
+    names = ("query", "local_key", "local_value", "global_key", "global_value", "gate")
+    arguments = [tensors[name].requires_grad_() if name in tensors else None for name in names]
+    if banks == "gated":
+        arguments[-1] = arguments[-1].detach().float().requires_grad_()
+    routes = (torch.arange(11) % 3, torch.tensor([[0, -1], [2, 1], [1, 1]])) if routed else (None, None)
+    return *arguments, 0.3, *routes
+
+
+@pytest.mark.skipif("cpp" not in BACKENDS, reason="the native library was not built")
+@pytest.mark.parametrize("banks", BANKS)
+@pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck(banks, batched, dtype):
+    arguments = flat_arguments(banks, batched, routed=True, dtype=dtype)
+    # Its gradient test compares eager with compiled: half precision rounds alike, as it is the same kernel.
+    torch.library.opcheck(torch.ops.dpdiff.prototype_attention, (*arguments, True))
+    detached = [t.detach() if isinstance(t, Tensor) else t for t in arguments]
+    torch.library.opcheck(torch.ops.dpdiff.prototype_attention, (*detached, False))
+    outputs = torch.ops.dpdiff.prototype_attention(*detached, True)
+    grad_out = torch.randn(outputs[0].shape).to(dtype)
+    torch.library.opcheck(torch.ops.dpdiff.prototype_attention_backward, (grad_out, *detached, *outputs))
+
+
+@pytest.mark.skipif("cpp" not in BACKENDS, reason="the native library was not built")
+def test_second_derivatives_are_the_references():
+    query, key, value = (t.requires_grad_() for t in inputs(m_global=None).values())
+    (grad,) = torch.autograd.grad(dk.prototype_attention(query, key, value).sum(), query, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        grad.sum().backward()
+
+
+@pytest.mark.skipif("cpp" not in BACKENDS, reason="the native library was not built")
+@pytest.mark.parametrize("capability", ["avx512", "avx2", "portable"])
+def test_every_instruction_set(capability):
+    """The variable is read once per process, so this file runs again in one of its own, where that set isn't the best."""
+    if capability in dk.backends()["cpp"].reason:
+        pytest.skip("what all other tests here run on")
+    if capability == "avx512" or (capability == "avx2" and "portable" in dk.backends()["cpp"].reason):
+        pytest.skip("not on this processor")
+    chosen = "cpp and (forward or gradients or routing or sizes or strides or nan or huge or zero)"
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", chosen],
+        env={**os.environ, "DPDIFF_CPU_CAPABILITY": capability},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout
+
+
+@pytest.mark.skipif("cpp" not in BACKENDS, reason="the native library was not built")
+@pytest.mark.parametrize("routed", [False, True])
+def test_bits_do_not_depend_on_threads_or_neighbours(routed):
+    tensors = {name: t.requires_grad_() for name, t in inputs(batch=4, n=333, m=150, channels=40).items()}
+    options = {"groups": torch.arange(150) % 4, "active_groups": torch.tensor([[0], [2], [1], [2]])} if routed else {}
+
+    def run():
+        out = dk.prototype_attention(**tensors, **options, backend="cpp")
+        return out, *torch.autograd.grad(out.square().sum(), list(tensors.values()))
+
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = run()
+        torch.set_num_threads(3)
+        together = run()
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(alone, together))
+    image = {name: t[2:3] if name in ("query", "gate") else t for name, t in tensors.items()}
+    if routed:
+        options["active_groups"] = options["active_groups"][2:3]
+    assert torch.equal(dk.prototype_attention(**image, **options, backend="cpp"), alone[0][2:3])
 
 
 # PrototypeAttention

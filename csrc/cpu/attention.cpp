@@ -1,0 +1,281 @@
+// prototype_attention on CPUs: from tensors to what the kernels take.
+#include "attention.h"
+
+#include <stdlib.h>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include <memory>
+#include <new>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#define DPDIFF_KERNELS "attention_kernels.h"
+#include "foreach_isa.h"
+
+namespace dpdiff {
+
+Scratch::~Scratch() {
+  for (int i = 0; i < count_; ++i) free(taken_[i]);
+}
+
+float* Scratch::take(int64_t floats) {
+  const size_t bytes = (size_t(floats) * sizeof(float) / 64 + 1) * 64;
+  void* memory = count_ < kMost ? aligned_alloc(64, bytes) : nullptr;
+  if (memory == nullptr) throw std::bad_alloc();
+  taken_[count_++] = memory;
+  return static_cast<float*>(memory);
+}
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+typedef std::optional<Tensor> MaybeTensor;
+
+DType dtype_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return DType::float32;
+    case ScalarType::Half: return DType::float16;
+    case ScalarType::BFloat16: return DType::bfloat16;
+    default: throw std::invalid_argument("prototype_attention: expected float32, float16 or bfloat16");
+  }
+}
+
+// The kernels want neighbouring channels; whatever else the strides are is fine.
+Tensor with_dense_rows(const Tensor& tensor) {
+  return tensor.stride(tensor.dim() - 1) == 1 ? tensor : torch::stable::contiguous(tensor);
+}
+Tensor with_dense_rows(const MaybeTensor& tensor) { return tensor ? with_dense_rows(*tensor) : Tensor(); }
+
+// Of (B, H, N, E), or (H, M, E) shared by all images.
+Rows rows_of(const Tensor& tensor) {
+  const auto strides = tensor.strides();
+  const size_t head = tensor.dim() - 3;
+  const int64_t size = tensor.element_size();
+  return {tensor.data_ptr(), head == 0 ? 0 : strides[0] * size, strides[head] * size, strides[head + 1] * size};
+}
+
+Tensor floats(const Tensor& like, std::initializer_list<int64_t> sizes) {
+  return torch::stable::new_empty(like, sizes, ScalarType::Float);
+}
+float* float_data(const Tensor& tensor) { return static_cast<float*>(tensor.data_ptr()); }
+
+// Like the query, with tokens outside and heads inside in memory: the layout in which heads are joined again.
+Tensor empty_like_query(const Tensor& query) {
+  const auto sizes = query.sizes();
+  const Tensor tensor = torch::stable::new_empty(query, {sizes[0], sizes[2], sizes[1], sizes[3]});
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  // Page faults on fresh memory, at 2 microseconds for 4 KiB, would take as long as hundreds of prototypes.
+  constexpr uintptr_t kHugePage = 2 << 20;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(tensor.data_ptr()) + kHugePage - 1) / kHugePage * kHugePage;
+  const uintptr_t end = reinterpret_cast<uintptr_t>(tensor.data_ptr()) + tensor.numel() * tensor.element_size();
+  if (end > begin + kHugePage) madvise(reinterpret_cast<void*>(begin), (end - begin) / kHugePage * kHugePage, MADV_HUGEPAGE);
+#endif
+  return torch::stable::transpose(tensor, 1, 2);
+}
+
+// For each image, the local prototypes of its active groups, group by group.
+struct Routes {
+  std::vector<int64_t> active, offsets;
+
+  Routes(const Tensor& groups, const Tensor& active_groups) {
+    const int64_t* group = static_cast<const int64_t*>(groups.data_ptr());
+    const int64_t prototypes = groups.numel(), batch = active_groups.sizes()[0], n = active_groups.sizes()[1];
+    std::vector<int64_t> order(prototypes);
+    for (int64_t i = 0; i < prototypes; ++i) order[i] = i;
+    if (!std::is_sorted(group, group + prototypes)) {
+      std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return group[a] < group[b]; });
+    }
+    std::vector<int64_t> wanted;
+    offsets.push_back(0);
+    for (int64_t b = 0; b < batch; ++b) {
+      const int64_t* row = static_cast<const int64_t*>(active_groups.data_ptr()) + b * n;
+      wanted.assign(row, row + n);
+      std::sort(wanted.begin(), wanted.end());
+      wanted.erase(std::unique(wanted.begin(), wanted.end()), wanted.end());
+      for (const int64_t g : wanted) {
+        if (g < 0) continue;
+        auto at = std::lower_bound(order.begin(), order.end(), g, [&](int64_t i, int64_t g) { return group[i] < g; });
+        for (; at != order.end() && group[*at] == g; ++at) active.push_back(*at);
+      }
+      offsets.push_back(active.size());
+    }
+  }
+};
+
+// The inputs of both directions, kept alive in the layout that the kernels read.
+struct Inputs {
+  Tensor query, local_key, local_value, global_key, global_value, gate;
+  std::optional<Routes> routes;
+
+  Inputs(const Tensor& query, const Tensor& local_key, const Tensor& local_value, const MaybeTensor& global_key,
+         const MaybeTensor& global_value, const MaybeTensor& gate, double scale, const MaybeTensor& groups,
+         const MaybeTensor& active_groups, AttentionProblem& problem)
+      : query(with_dense_rows(query)),
+        local_key(with_dense_rows(local_key)),
+        local_value(with_dense_rows(local_value)),
+        global_key(with_dense_rows(global_key)),
+        global_value(with_dense_rows(global_value)) {
+    const auto sizes = query.sizes();
+    problem.dtype = dtype_of(query);
+    problem.batch = sizes[0], problem.heads = sizes[1], problem.tokens = sizes[2], problem.channels = sizes[3];
+    problem.scale = float(scale);
+    problem.query = rows_of(this->query);
+    problem.local = bank(this->local_key, this->local_value);
+    if (global_key) problem.global = bank(this->global_key, this->global_value);
+    if (gate) {
+      this->gate = torch::stable::contiguous(*gate);
+      problem.gate = float_data(this->gate);
+    }
+    if (groups) {
+      routes.emplace(torch::stable::contiguous(*groups), torch::stable::contiguous(*active_groups));
+      problem.active = routes->active.data();
+      problem.offsets = routes->offsets.data();
+    }
+    for (int64_t b = 0; b < problem.batch && problem.global.count == 0; ++b) {
+      if (problem.local_count(b) == 0) {  // a ValueError in Python
+        throw std::invalid_argument(
+            "active_groups leaves batch element " + std::to_string(b) +
+            " without local prototypes, and there is no global bank: expected at least one active prototype");
+      }
+    }
+  }
+
+  static Bank bank(const Tensor& key, const Tensor& value) {
+    return {rows_of(key), rows_of(value), key.sizes()[key.dim() - 2], key.dim() == 3};
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> prototype_attention(
+    const Tensor& query, const Tensor& local_key, const Tensor& local_value, MaybeTensor global_key,
+    MaybeTensor global_value, MaybeTensor gate, double scale, MaybeTensor groups, MaybeTensor active_groups,
+    bool for_backward) {
+  AttentionForward problem;
+  const Inputs inputs(
+      query, local_key, local_value, global_key, global_value, gate, scale, groups, active_groups, problem);
+
+  const Tensor out = empty_like_query(query);
+  Tensor reference = floats(query, {0}), total = floats(query, {0}), difference = torch::stable::new_empty(query, {0});
+  problem.out = rows_of(out);
+  if (for_backward) {
+    const int64_t softmaxes = gate ? 2 : 1;
+    reference = floats(query, {softmaxes, problem.batch, problem.heads, problem.tokens});
+    total = floats(query, {softmaxes, problem.batch, problem.heads, problem.tokens});
+    problem.sums = {float_data(reference), float_data(total)};
+    if (gate) {
+      difference = empty_like_query(query);
+      problem.difference = rows_of(difference);
+    }
+  }
+  if (problem.batch * problem.heads * problem.tokens == 0) return {out, reference, total, difference};
+
+  const int64_t chunks = problem.instances() * ((problem.sequence() + kChunk - 1) / kChunk);
+  const int64_t chunk_work = kChunk * (problem.channels + 1) * (problem.local_count(0) + problem.global.count + 1);
+  const auto kernel = DPDIFF_DISPATCH(attention_forward);
+  torch::stable::parallel_for(0, chunks, std::max<int64_t>(1, (1 << 18) / chunk_work), [&](int64_t begin, int64_t end) {
+    kernel(problem, begin, end);
+  });
+  return {out, reference, total, difference};
+}
+
+struct Free {
+  void operator()(void* memory) const { free(memory); }
+};
+
+// The gradients of a bank (both empty without one), and the parts that they are summed up in.
+struct BankGradients {
+  Tensor key, value;
+  std::unique_ptr<float, Free> key_parts, value_parts;
+
+  BankGradients(const Tensor& query, const Bank& bank, AttentionBackward& problem, BankGradient& to)
+      : key(torch::stable::new_empty(query, {0})), value(torch::stable::new_empty(query, {0})) {
+    if (bank.count == 0) return;
+    const bool direct = bank.shared && problem.parts == 1 && problem.dtype == DType::float32;
+    // Zeros where a thread adds to it, and where it may leave out rows that no image is routed to.
+    const bool zeros = direct || (!bank.shared && problem.routed());
+    const auto make = [&] {
+      const std::vector<int64_t> sizes = {problem.batch, problem.heads, bank.count, problem.channels};
+      const torch::headeronly::IntHeaderOnlyArrayRef shape(sizes.data() + bank.shared, sizes.size() - bank.shared);
+      return zeros ? torch::stable::new_zeros(query, shape) : torch::stable::new_empty(query, shape);
+    };
+    key = make(), value = make();
+    to.key = rows_of(key), to.value = rows_of(value);
+    if (direct) {
+      to.key_parts = float_data(key), to.value_parts = float_data(value);
+    } else if (bank.shared) {
+      const size_t size = problem.heads * problem.parts * bank.count * problem.channels + 1;
+      key_parts.reset(static_cast<float*>(calloc(size, sizeof(float))));
+      value_parts.reset(static_cast<float*>(calloc(size, sizeof(float))));
+      if (key_parts == nullptr || value_parts == nullptr) throw std::bad_alloc();
+      to.key_parts = key_parts.get(), to.value_parts = value_parts.get();
+    }
+  }
+
+  void add_parts(const AttentionBackward& problem, const BankGradient& to, int64_t count) const {
+    if (key_parts == nullptr) return;
+    const auto kernel = DPDIFF_DISPATCH(attention_add_parts);
+    torch::stable::parallel_for(0, problem.heads * count, 256, [&](int64_t begin, int64_t end) {
+      kernel(problem, key_parts.get(), count, to.key, begin, end);
+      kernel(problem, value_parts.get(), count, to.value, begin, end);
+    });
+  }
+};
+
+// Into how many parts the tokens of a head are split: enough for many threads, as far as 32 MiB of sums allow.
+int64_t parts_of(const AttentionProblem& problem) {
+  const int64_t chunks = (problem.sequence() + kChunk - 1) / kChunk;
+  const int64_t possible = std::max<int64_t>(1, problem.folded() ? chunks : problem.batch);
+  const int64_t wanted = 31 / std::max<int64_t>(1, problem.heads) + 1;
+  const int64_t rows = (problem.local.shared ? problem.local.count : 0) + (problem.global.shared ? problem.global.count : 0);
+  if (rows == 0) return possible;
+  const int64_t bytes = problem.heads * rows * 2 * problem.channels * sizeof(float);
+  return std::min({possible, wanted, std::max<int64_t>(1, (32 << 20) / std::max<int64_t>(1, bytes))});
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> prototype_attention_backward(
+    const Tensor& grad_out, const Tensor& query, const Tensor& local_key, const Tensor& local_value,
+    MaybeTensor global_key, MaybeTensor global_value, MaybeTensor gate, double scale, MaybeTensor groups,
+    MaybeTensor active_groups, const Tensor& out, const Tensor& reference, const Tensor& total,
+    const Tensor& difference) {
+  AttentionBackward problem;
+  const Inputs inputs(
+      query, local_key, local_value, global_key, global_value, gate, scale, groups, active_groups, problem);
+  const Tensor dense_grad_out = with_dense_rows(grad_out), dense_out = with_dense_rows(out);
+  const Tensor dense_reference = torch::stable::contiguous(reference), dense_total = torch::stable::contiguous(total);
+  const Tensor dense_difference = gate ? with_dense_rows(difference) : Tensor();
+  problem.grad_out = rows_of(dense_grad_out);
+  problem.out = rows_of(dense_out);
+  if (gate) problem.difference = rows_of(dense_difference);
+  problem.sums = {float_data(dense_reference), float_data(dense_total)};
+  problem.parts = parts_of(problem);
+
+  const Tensor grad_query = empty_like_query(query);
+  const Tensor grad_gate = gate ? floats(query, {problem.batch, problem.heads, problem.tokens}) : floats(query, {0});
+  problem.grad_query = rows_of(grad_query);
+  problem.grad_gate = float_data(grad_gate);
+  const BankGradients local(query, problem.local, problem, problem.grad_local);
+  const BankGradients global(query, problem.global, problem, problem.grad_global);
+
+  const auto kernel = DPDIFF_DISPATCH(attention_backward);
+  torch::stable::parallel_for(
+      0, problem.heads * problem.parts, 1, [&](int64_t begin, int64_t end) { kernel(problem, begin, end); });
+  local.add_parts(problem, problem.grad_local, problem.local.count);
+  global.add_parts(problem, problem.grad_global, problem.global.count);
+  return {grad_query, local.key, local.value, global.key, global.value, grad_gate};
+}
+
+}  // namespace
+}  // namespace dpdiff
+
+STABLE_TORCH_LIBRARY_IMPL(dpdiff, CPU, m) {
+  m.impl("prototype_attention", TORCH_BOX(&dpdiff::prototype_attention));
+  m.impl("prototype_attention_backward", TORCH_BOX(&dpdiff::prototype_attention_backward));
+}

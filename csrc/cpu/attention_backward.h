@@ -1,0 +1,289 @@
+// Attention, backward: scores and probabilities are recomputed block by block (Dao et al., "FlashAttention", 2022). A
+// thread takes the tokens of a part of the batch, kChunk at a time, and sums up the gradients of the packed banks.
+//
+// With p = w softmax(scale q k^T), w the gate's weight of the bank, and delta = (gradient of the answer) . answer:
+//   dv = p^T do,  ds = p (do v^T - delta),  dq = scale ds k,  dk = scale ds^T q.
+
+template <class Engine>
+class Backward {
+  typedef typename Engine::Element Element;
+
+ public:
+  explicit Backward(const AttentionBackward& problem)
+      : problem_(problem),
+        channels_(problem.channels),
+        units_((channels_ + Engine::kPack - 1) / Engine::kPack),
+        padded_(round_up(channels_, kWidth * Engine::kPack)),
+        prototypes_(packed_count(problem)) {
+    key_tiles_ = scratch_.take(prototypes_ * units_);
+    value_tiles_ = scratch_.take(prototypes_ * units_);
+    key_rows_ = scratch_.take(prototypes_ / Engine::kPack * padded_);
+    key_gradient_ = scratch_.take(prototypes_ * padded_);
+    value_gradient_ = scratch_.take(prototypes_ * padded_);
+    staged_ = scratch_.take(kLanes * padded_);
+    query_columns_ = scratch_.take(kSubBlocks * units_ * kLanes);
+    out_columns_ = scratch_.take(kSubBlocks * units_ * kLanes);
+    query_rows_ = scratch_.take(kSubBlocks * kLanes / Engine::kPack * padded_);
+    out_rows_ = scratch_.take(kSubBlocks * kLanes / Engine::kPack * padded_);
+    query_gradient_ = scratch_.take(kSubBlocks * padded_ * kLanes);
+    scores_ = scratch_.take(kBlock * kLanes);
+    slopes_ = scratch_.take(kBlock * kLanes);
+    if (Engine::kPack == 2) {
+      weight_rows_ = scratch_.take(kBlock * kLanes / 2);
+      slope_rows_ = scratch_.take(kBlock * kLanes / 2);
+    }
+  }
+
+  // Parts [begin, end) of the heads.
+  void run(int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t head = i / problem_.parts, part = i % problem_.parts;
+      if (problem_.folded()) {
+        const int64_t sequence = problem_.sequence(), chunks = (sequence + kChunk - 1) / kChunk;
+        instance(BankView(problem_, 0, head), part, chunks * part / problem_.parts * kChunk,
+                 smaller(sequence, chunks * (part + 1) / problem_.parts * kChunk));
+      } else {
+        const int64_t first = problem_.batch * part / problem_.parts, last = problem_.batch * (part + 1) / problem_.parts;
+        for (int64_t image = first; image < last; ++image) instance(BankView(problem_, image, head), part, 0, problem_.tokens);
+      }
+    }
+  }
+
+ private:
+  static constexpr int kSubBlocks = kChunk / kLanes;
+  static_assert(kChunk % kLanes == 0);
+
+  // What is known of each query before its scores are.
+  struct Lanes {
+    int64_t images[kLanes], places[kLanes];
+    float reference[2][kLanes], factor[2][kLanes], delta[2][kLanes];
+    int count, vectors;
+  };
+
+  void instance(const BankView& bank, int64_t part, int64_t first, int64_t last) {
+    pack_bank<Engine>(bank, &Bank::key, padded_, staged_, key_tiles_, key_rows_);
+    pack_bank<Engine>(bank, &Bank::value, padded_, staged_, value_tiles_, nullptr);
+    memset(key_gradient_, 0, round_up(bank.total, kRows) * padded_ * sizeof(float));
+    memset(value_gradient_, 0, round_up(bank.total, kRows) * padded_ * sizeof(float));
+    for (int64_t chunk = first; chunk < last; chunk += kChunk) {
+      int n = 0;
+      for (int64_t token = chunk; token < smaller(chunk + kChunk, last); token += kLanes, ++n) {
+        prepare(bank, token, int(smaller(kLanes, last - token)), n);
+      }
+      for (int s = 0; s < bank.softmaxes(); ++s) {
+        for (int64_t m = bank.begin(s); m < bank.end(s); m += kBlock) {
+          const int64_t count = smaller(kBlock, bank.end(s) - m);
+          for (int i = 0; i < n; ++i) {
+            switch (lanes_[i].vectors) {
+              case 1: block<1>(s, m, count, i); break;
+              case 2: block<2>(s, m, count, i); break;
+              default: block<kVectors>(s, m, count, i);
+            }
+          }
+        }
+      }
+      for (int i = 0; i < n; ++i) write_query_gradient(bank, i);
+    }
+    const BankGradient &local = problem_.grad_local, &global = problem_.grad_global;
+    for (int64_t i = 0; i < bank.local_count; ++i) write_bank_gradient(bank, i, local, problem_.local.count, bank.local_row(i), part);
+    for (int64_t i = 0; i < problem_.global.count; ++i) write_bank_gradient(bank, bank.second + i, global, problem_.global.count, i, part);
+  }
+
+  void prepare(const BankView& bank, int64_t first, int count, int n) {
+    Lanes& lanes = lanes_[n];
+    memset(&lanes, 0, sizeof lanes);
+    lanes.count = count;
+    lanes.vectors = (count + kWidth - 1) / kWidth;
+    const int64_t rows = problem_.batch * problem_.heads * problem_.tokens;
+    for (int i = 0; i < count; ++i) {
+      const int64_t image = lanes.images[i] = bank.image_of(first + i), place = lanes.places[i] = bank.place_of(first + i);
+      const int64_t flat = bank.flat(image, place);
+      const void* gradient = problem_.grad_out.at(image, bank.head, place);
+      const float delta = dot(gradient, problem_.out.at(image, bank.head, place));
+      if (bank.softmaxes() == 1) {
+        lanes.factor[0][i] = 1.0f / problem_.sums.total[flat];
+        lanes.delta[0][i] = delta;
+        lanes.reference[0][i] = finite(problem_.sums.reference[flat]);
+      } else {
+        const float gate = bank.local_count == 0 ? 1.0f : problem_.gate[flat];
+        const float slope = dot(gradient, problem_.difference.at(image, bank.head, place));
+        problem_.grad_gate[flat] = slope;
+        for (int s = 0; s < 2; ++s) {
+          lanes.factor[s][i] = (s == 0 ? 1.0f - gate : gate) / problem_.sums.total[s * rows + flat];
+          lanes.delta[s][i] = delta + (s == 0 ? -gate : 1.0f - gate) * slope;
+          lanes.reference[s][i] = finite(problem_.sums.reference[s * rows + flat]);
+        }
+      }
+    }
+    columns_and_rows(bank, problem_.query, lanes, query_columns_ + n * units_ * kLanes, query_rows_ + n * kLanes / Engine::kPack * padded_);
+    columns_and_rows(bank, problem_.grad_out, lanes, out_columns_ + n * units_ * kLanes, out_rows_ + n * kLanes / Engine::kPack * padded_);
+    memset(query_gradient_ + n * padded_ * kLanes, 0, padded_ * kLanes * sizeof(float));
+  }
+
+  static float finite(float reference) { return reference == -INFINITY ? 0.0f : reference; }
+
+  float dot(const void* a, const void* b) {
+    load_row(problem_.dtype, a, channels_, staged_);
+    load_row(problem_.dtype, b, channels_, staged_ + padded_);
+    vfloat sums{};
+    int64_t e = 0;
+    for (; e + kWidth <= channels_; e += kWidth) sums += load(staged_ + e) * load(staged_ + padded_ + e);
+    float sum = reduce_add(sums);
+    for (; e < channels_; ++e) sum += staged_[e] * staged_[padded_ + e];
+    return sum;
+  }
+
+  void columns_and_rows(const BankView& bank, const Rows& from, const Lanes& lanes, float* columns, float* rows) {
+    Element* staged = reinterpret_cast<Element*>(staged_);
+    const int padded_count = lanes.vectors * kWidth;
+    for (int i = 0; i < padded_count; ++i) {
+      const void* row = i < lanes.count ? from.at(lanes.images[i], bank.head, lanes.places[i]) : nullptr;
+      copy_row(problem_.dtype, row, channels_, staged + i * padded_, padded_);
+    }
+    transpose_rows(staged_, padded_ / Engine::kPack, units_, lanes.vectors, columns);
+    pack_rows<Engine>(staged, padded_count, padded_, rows);
+  }
+
+  // What prototypes [m, m + count) of softmax s and the queries of one sub-block give to each other's gradients.
+  template <int Vectors>
+  void block(int s, int64_t m, int64_t count, int n) {
+    for (int64_t i = 0; i < count; i += kRows) {
+      multiply_tile<Engine, Vectors, false>(
+          units_, key_tiles_ + (m + i) * units_, kRows, 1, query_columns_ + n * units_ * kLanes, kLanes, scores_ + i * kLanes, kLanes);
+      multiply_tile<Engine, Vectors, false>(
+          units_, value_tiles_ + (m + i) * units_, kRows, 1, out_columns_ + n * units_ * kLanes, kLanes, slopes_ + i * kLanes, kLanes);
+    }
+    differentiate<Vectors>(s, count, lanes_[n]);
+
+    const float* keys = key_rows_ + m / Engine::kPack * padded_;
+    float* query_gradient = query_gradient_ + n * padded_ * kLanes;
+    const int64_t steps = (count + Engine::kPack - 1) / Engine::kPack;
+    for (int64_t e = 0; e < channels_; e += kRows) {
+      multiply_tile<Engine, Vectors, true>(steps, keys + e, padded_, 1, slopes_, kLanes, query_gradient + e * kLanes, kLanes);
+    }
+    const float* weights = Engine::kPack == 1 ? scores_ : weight_rows_;
+    const float* slopes = Engine::kPack == 1 ? slopes_ : slope_rows_;
+    const int64_t rows = n * kLanes / Engine::kPack * padded_;
+    add_outer<Vectors>(count, weights, out_rows_ + rows, value_gradient_ + m * padded_);
+    add_outer<Vectors>(count, slopes, query_rows_ + rows, key_gradient_ + m * padded_);
+  }
+
+  // Scores become probabilities, times the gate's weight; the products of values and gradients become ds.
+  template <int Vectors>
+  DPDIFF_INLINE void differentiate(int s, int64_t count, const Lanes& lanes) {
+    const float exponent_scale = problem_.scale * kLog2E;
+    vfloat reference[Vectors], factor[Vectors], delta[Vectors];
+    for (int v = 0; v < Vectors; ++v) {
+      reference[v] = load(lanes.reference[s] + v * kWidth);
+      factor[v] = load(lanes.factor[s] + v * kWidth);
+      delta[v] = load(lanes.delta[s] + v * kWidth);
+    }
+    for (int64_t m = 0; m < count; m += Engine::kPack) {
+      for (int v = 0; v < Vectors; ++v) {
+        const int64_t at = m * kLanes + v * kWidth;
+        const vfloat p = Engine::power_of_two((load(scores_ + at) - reference[v]) * exponent_scale) * factor[v];
+        const vfloat ds = p * (load(slopes_ + at) - delta[v]);
+        if constexpr (Engine::kPack == 1) {
+          store(scores_ + at, p);
+          store(slopes_ + at, ds);
+        } else {
+#if defined(DPDIFF_AVX512)
+          vfloat next{}, next_ds{};
+          if (m + 1 < count) {
+            next = Engine::power_of_two((load(scores_ + at + kLanes) - reference[v]) * exponent_scale) * factor[v];
+            next_ds = next * (load(slopes_ + at + kLanes) - delta[v]);
+          }
+          store(reinterpret_cast<bfloat16*>(weight_rows_) + at, p);
+          store(reinterpret_cast<bfloat16*>(weight_rows_) + at + kLanes, next);
+          store(reinterpret_cast<bfloat16*>(slope_rows_) + at, ds);
+          store(reinterpret_cast<bfloat16*>(slope_rows_) + at + kLanes, next_ds);
+          store(slopes_ + m / 2 * kLanes + v * kWidth, pair(ds, next_ds));
+#endif
+        }
+      }
+    }
+  }
+
+  // gradient[m][channel] += sum over queries of weights[m][query] rows[query][channel].
+  template <int Vectors>
+  DPDIFF_INLINE void add_outer(int64_t count, const float* weights, const float* rows, float* gradient) {
+    const int64_t vectors = (channels_ + kWidth - 1) / kWidth;
+    for (int64_t i = 0; i < count; i += kRows) {
+      const float* w = weights + i * kLanes / Engine::kPack;
+      float* g = gradient + i * padded_;
+      for (int64_t v = 0; v < vectors;) {
+        const int64_t left = vectors - v;
+        if (kVectors == 3 && left != 4 && left >= 3) {
+          outer_tile<Vectors, kVectors>(w, rows + v * kWidth, g + v * kWidth), v += kVectors;
+        } else if (left >= 2) {
+          outer_tile<Vectors, 2>(w, rows + v * kWidth, g + v * kWidth), v += 2;
+        } else {
+          outer_tile<Vectors, 1>(w, rows + v * kWidth, g + v * kWidth), v += 1;
+        }
+      }
+    }
+  }
+  template <int Vectors, int Columns>
+  DPDIFF_INLINE void outer_tile(const float* weights, const float* rows, float* gradient) {
+    multiply_tile<Engine, Columns, true>(
+        Vectors * kWidth / Engine::kPack, weights, 1, kLanes / Engine::kPack, rows, padded_, gradient, padded_);
+  }
+
+  void write_query_gradient(const BankView& bank, int n) {
+    const Lanes& lanes = lanes_[n];
+    const int64_t ld = round_up(channels_, kWidth);
+    for (int v = 0; v < lanes.vectors; ++v) {
+      transpose_columns(query_gradient_ + n * padded_ * kLanes, channels_, v, broadcast(problem_.scale), staged_, ld);
+      for (int i = v * kWidth; i < (v + 1) * kWidth && i < lanes.count; ++i) {
+        store_row(problem_.dtype, staged_ + (i - v * kWidth) * ld, channels_,
+                     problem_.grad_query.at(lanes.images[i], bank.head, lanes.places[i]));
+      }
+    }
+  }
+
+  // Hands on the gradients of packed row i: row `row` of a bank of `count`.
+  void write_bank_gradient(const BankView& bank, int64_t i, const BankGradient& to, int64_t count, int64_t row, int64_t part) {
+    float *key = key_gradient_ + i * padded_, *value = value_gradient_ + i * padded_;
+    for (int64_t e = 0; e < channels_; ++e) key[e] *= problem_.scale;
+    if (to.key_parts == nullptr) {
+      store_row(problem_.dtype, key, channels_, to.key.at(bank.image, bank.head, row));
+      store_row(problem_.dtype, value, channels_, to.value.at(bank.image, bank.head, row));
+      return;
+    }
+    const int64_t at = ((bank.head * problem_.parts + part) * count + row) * channels_;
+    for (int64_t e = 0; e < channels_; ++e) to.key_parts[at + e] += key[e];
+    for (int64_t e = 0; e < channels_; ++e) to.value_parts[at + e] += value[e];
+  }
+
+  const AttentionBackward& problem_;
+  const int64_t channels_, units_, padded_, prototypes_;
+  Scratch scratch_;
+  float *key_tiles_, *value_tiles_, *key_rows_, *key_gradient_, *value_gradient_, *staged_;
+  float *query_columns_, *out_columns_, *query_rows_, *out_rows_, *query_gradient_;
+  float *scores_, *slopes_, *weight_rows_ = nullptr, *slope_rows_ = nullptr;
+  Lanes lanes_[kSubBlocks];
+};
+
+void attention_backward(const AttentionBackward& problem, int64_t begin, int64_t end) {
+#if defined(DPDIFF_AVX512)
+  if (problem.dtype == DType::bfloat16) return Backward<BFloat16Engine>(problem).run(begin, end);
+#endif
+  Backward<FloatEngine>(problem).run(begin, end);
+}
+
+// Adds up the parts of a shared bank's gradient: rows [begin, end) of (H, M).
+void attention_add_parts(
+    const AttentionBackward& problem, const float* parts, int64_t count, const Rows& to, int64_t begin, int64_t end) {
+  const int64_t n = problem.channels;
+  Scratch scratch;
+  float* sums = scratch.take(n);
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t head = i / count, row = i % count;
+    memset(sums, 0, n * sizeof(float));
+    for (int64_t part = 0; part < problem.parts; ++part) {
+      const float* terms = parts + ((head * problem.parts + part) * count + row) * n;
+      for (int64_t e = 0; e < n; ++e) sums[e] += terms[e];
+    }
+    store_row(problem.dtype, sums, n, to.at(0, head, row));
+  }
+}

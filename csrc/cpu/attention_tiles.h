@@ -1,0 +1,238 @@
+// What both directions of attention are made of. The lanes of vectors are queries: a block holds kLanes of them, scores
+// and probabilities are matrices [prototype][query], and every product is a sum of outer products of kRows broadcast
+// values with a few vectors, held in registers.
+//
+// An Engine is how numbers are multiplied. Its units, of 32 bits, are floats, or pairs of bfloat16 that are neighbours
+// along the summed axis: channels for scores, then prototypes or queries.
+
+#if defined(DPDIFF_AVX512)
+constexpr int kRows = 8, kVectors = 3;
+#elif defined(DPDIFF_AVX2)
+constexpr int kRows = 4, kVectors = 3;
+#else
+constexpr int kRows = 4, kVectors = 2;
+#endif
+constexpr int kLanes = kVectors * kWidth;
+constexpr int kBlock = 64;  // prototypes whose scores are held at a time
+constexpr float kLog2E = 1.44269504f;
+
+struct FloatEngine {
+  typedef float Element;
+  static constexpr int kPack = 1;  // elements in a unit
+  static DPDIFF_INLINE vfloat multiply_add(const float* a, vfloat b, vfloat c) { return broadcast(*a) * b + c; }
+  static DPDIFF_INLINE vfloat power_of_two(vfloat x) { return exp2(x); }
+};
+
+#if defined(DPDIFF_AVX512)
+struct BFloat16Engine {
+  typedef bfloat16 Element;
+  static constexpr int kPack = 2;
+  static DPDIFF_INLINE vfloat multiply_add(const float* a, vfloat b, vfloat c) {
+    return (vfloat)_mm512_dpbf16_ps((__m512)c, (__m512bh)_mm512_set1_ps(*a), (__m512bh)b);
+  }
+  // To 2^-13.5, relative: what follows is rounded to 2^-9.
+  static DPDIFF_INLINE vfloat power_of_two(vfloat x) {
+    const vfloat f = (vfloat)_mm512_reduce_ps((__m512)x, 1);  // x - floor(x)
+    vfloat p = broadcast(7.70664141e-2f);
+    p = p * f + 2.27645680e-1f;
+    p = p * f + 6.95116639e-1f;
+    p = p * f + 1.0f;
+    return (vfloat)_mm512_scalef_ps((__m512)p, (__m512)x);
+  }
+};
+
+// Units of neighbouring rows: the low halves from one, the high halves from the next.
+DPDIFF_INLINE vfloat pair(vfloat low, vfloat high) {
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
+                                         5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  return (vfloat)_mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
+}
+DPDIFF_INLINE vfloat pair(const bfloat16* low, const bfloat16* high) {
+  const __m512i l = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)low));
+  const __m512i h = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)high));
+  return (vfloat)_mm512_or_si512(l, _mm512_slli_epi32(h, 16));
+}
+#endif
+
+DPDIFF_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+DPDIFF_INLINE int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// c[r][v] (+)= sum over k of a[k * a_step + r * a_row] * b[k * b_step + v], for kRows rows and Vectors vectors; in
+// units of a and b. The order of the sum doesn't depend on Vectors: scores come out the same in both directions.
+template <class Engine, int Vectors, bool Accumulate>
+DPDIFF_INLINE void multiply_tile(
+    int64_t steps, const float* a, int64_t a_step, int64_t a_row, const float* b, int64_t b_step, float* c,
+    int64_t c_row) {
+  vfloat sums[kRows][Vectors];
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 3
+    for (int v = 0; v < Vectors; ++v) sums[r][v] = vfloat{};
+  }
+  for (int64_t k = 0; k < steps; ++k, a += a_step, b += b_step) {
+    vfloat columns[Vectors];
+#pragma GCC unroll 3
+    for (int v = 0; v < Vectors; ++v) columns[v] = load(b + v * kWidth);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 3
+      for (int v = 0; v < Vectors; ++v) sums[r][v] = Engine::multiply_add(a + r * a_row, columns[v], sums[r][v]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 3
+    for (int v = 0; v < Vectors; ++v) {
+      float* at = c + r * c_row + v * kWidth;
+      store(at, Accumulate ? load(at) + sums[r][v] : sums[r][v]);  // sums of sums: shorter chains of roundings
+    }
+  }
+}
+
+template <typename T>
+DPDIFF_INLINE void load_row(const T* from, int64_t n, float* to) {
+  int64_t e = 0;
+  for (; e + kWidth <= n; e += kWidth) store(to + e, load(from + e));
+  for (; e < n; ++e) to[e] = to_float(from[e]);
+}
+template <typename T>
+DPDIFF_INLINE void store_row(const float* from, int64_t n, T* to) {
+  int64_t e = 0;
+  for (; e + kWidth <= n; e += kWidth) store(to + e, load(from + e));
+  for (; e < n; ++e) to[e] = from_float<T>(from[e]);
+}
+
+// n channels of any type from or to memory, as floats.
+inline void load_row(DType dtype, const void* from, int64_t n, float* to) {
+  switch (dtype) {
+    case DType::float32: return load_row(static_cast<const float*>(from), n, to);
+    case DType::float16: return load_row(static_cast<const float16*>(from), n, to);
+    case DType::bfloat16: return load_row(static_cast<const bfloat16*>(from), n, to);
+  }
+}
+inline void store_row(DType dtype, const float* from, int64_t n, void* to) {
+  switch (dtype) {
+    case DType::float32: return store_row(from, n, static_cast<float*>(to));
+    case DType::float16: return store_row(from, n, static_cast<float16*>(to));
+    case DType::bfloat16: return store_row(from, n, static_cast<bfloat16*>(to));
+  }
+}
+
+// A row as the engine's elements, zeros after it up to `padded` channels; null: all zeros.
+DPDIFF_INLINE void copy_row(DType dtype, const void* from, int64_t channels, float* to, int64_t padded) {
+  const int64_t n = from == nullptr ? 0 : channels;
+  load_row(dtype, from, n, to);
+  memset(to + n, 0, (padded - n) * sizeof(float));
+}
+DPDIFF_INLINE void copy_row(DType, const void* from, int64_t channels, bfloat16* to, int64_t padded) {
+  const int64_t n = from == nullptr ? 0 : channels;
+  if (n > 0) memcpy(to, from, n * sizeof(bfloat16));
+  memset(to + n, 0, (padded - n) * sizeof(bfloat16));
+}
+
+// rows [kLanes][ld] of units -> columns [units][kLanes], for the first `vectors` vectors of lanes.
+DPDIFF_INLINE void transpose_rows(const float* rows, int64_t ld, int64_t units, int vectors, float* columns) {
+  for (int v = 0; v < vectors; ++v) {
+    for (int64_t u = 0; u < units; u += kWidth) {
+      vfloat square[kWidth];
+      for (int i = 0; i < kWidth; ++i) square[i] = load(rows + (v * kWidth + i) * ld + u);
+      transpose(square);
+      const int64_t n = smaller(kWidth, units - u);
+      for (int64_t i = 0; i < n; ++i) store(columns + (u + i) * kLanes + v * kWidth, square[i]);
+    }
+  }
+}
+
+// columns [channels][kLanes] of floats, times a factor for each lane -> rows [kWidth][ld], for vector v of the lanes.
+DPDIFF_INLINE void transpose_columns(const float* columns, int64_t channels, int v, vfloat factor, float* rows, int64_t ld) {
+  for (int64_t e = 0; e < channels; e += kWidth) {
+    vfloat square[kWidth];
+    const int64_t n = smaller(kWidth, channels - e);
+    for (int64_t i = 0; i < kWidth; ++i) square[i] = i < n ? load(columns + (e + i) * kLanes + v * kWidth) * factor : vfloat{};
+    transpose(square);
+    for (int i = 0; i < kWidth; ++i) store(rows + i * ld + e, square[i]);
+  }
+}
+
+// rows [kWidth][ld] of units -> tiles [kWidth / kRows][units][kRows], whose values multiply_tile broadcasts.
+DPDIFF_INLINE void tile_rows(const float* rows, int64_t ld, int64_t units, float* tiles) {
+  for (int64_t u = 0; u < units; u += kWidth) {
+    vfloat square[kWidth];
+    for (int i = 0; i < kWidth; ++i) square[i] = load(rows + i * ld + u);
+    transpose(square);
+    const int64_t n = smaller(kWidth, units - u);
+    for (int64_t i = 0; i < n; ++i) {
+      float column[kWidth];
+      store(column, square[i]);
+      for (int t = 0; t < kWidth / kRows; ++t) memcpy(tiles + (t * units + u + i) * kRows, column + t * kRows, sizeof(float) * kRows);
+    }
+  }
+}
+
+// rows [n][padded] of elements -> [n / kPack][padded] of units of neighbouring rows; n is even.
+template <class Engine>
+DPDIFF_INLINE void pack_rows(const typename Engine::Element* rows, int64_t n, int64_t padded, float* units) {
+  if constexpr (Engine::kPack == 1) {
+    memcpy(units, rows, n * padded * sizeof(float));
+  } else {
+#if defined(DPDIFF_AVX512)
+    for (int64_t i = 0; i < n; i += 2) {
+      for (int64_t e = 0; e < padded; e += kWidth) {
+        store(units + i / 2 * padded + e, pair(rows + i * padded + e, rows + (i + 1) * padded + e));
+      }
+    }
+#endif
+  }
+}
+
+// An instance of the banks: which prototypes one image and head see, in the order in which they are packed: the local
+// ones, and, from `second` on, the global ones. Each softmax covers a range of them, which starts on a tile.
+struct BankView {
+  const AttentionProblem& problem;
+  int64_t image, head, local_count, second, total;
+
+  BankView(const AttentionProblem& p, int64_t image, int64_t head)
+      : problem(p), image(image), head(head), local_count(p.local_count(image)),
+        second(p.gate != nullptr ? round_up(local_count, kRows) : local_count), total(second + p.global.count) {}
+
+  int softmaxes() const { return problem.gate != nullptr ? 2 : 1; }
+  int64_t begin(int softmax) const { return softmax == 0 ? 0 : second; }
+  int64_t end(int softmax) const { return softmax == 0 && softmaxes() == 2 ? local_count : total; }
+  int64_t local_row(int64_t i) const { return problem.routed() ? problem.active[problem.offsets[image] + i] : i; }
+
+  // Where a token of the instance is: its image, its place there, and both with the head as one number.
+  int64_t image_of(int64_t token) const { return problem.folded() ? token / problem.tokens : image; }
+  int64_t place_of(int64_t token) const { return problem.folded() ? token % problem.tokens : token; }
+  int64_t flat(int64_t of_image, int64_t place) const {
+    return (of_image * problem.heads + head) * problem.tokens + place;
+  }
+
+  // Row i of the keys or of the values; null where there is only padding.
+  const void* row(Rows Bank::*part, int64_t i) const {
+    if (i < local_count) return (problem.local.*part).at(image, head, local_row(i));
+    if (i >= second && i < total) return (problem.global.*part).at(image, head, i - second);
+    return nullptr;
+  }
+};
+
+// Room for the packed prototypes of any instance.
+DPDIFF_INLINE int64_t packed_count(const AttentionProblem& problem) {
+  return round_up(problem.local.count + kRows + problem.global.count, kWidth);
+}
+
+// Packs one part of a bank: in tiles whose rows are prototypes and steps are channels, for products with queries, and
+// as rows of channels, for products with probabilities; either may be null.
+template <class Engine>
+void pack_bank(const BankView& bank, Rows Bank::*part, int64_t padded, float* stage, float* tiles, float* rows) {
+  typedef typename Engine::Element Element;
+  const int64_t channels = bank.problem.channels;
+  const int64_t units = (channels + Engine::kPack - 1) / Engine::kPack;
+  Element* staged = reinterpret_cast<Element*>(stage);
+  for (int64_t i = 0; i < bank.total; i += kWidth) {
+    for (int64_t j = 0; j < kWidth; ++j) {
+      copy_row(bank.problem.dtype, bank.row(part, i + j), channels, staged + j * padded, padded);
+    }
+    if (tiles != nullptr) tile_rows(stage, padded / Engine::kPack, units, tiles + i * units);
+    if (rows != nullptr) pack_rows<Engine>(staged, kWidth, padded, rows + i / Engine::kPack * padded);
+  }
+}
