@@ -5,11 +5,11 @@
 //   dv = p^T do,  ds = p (do v^T - delta),  dq = scale ds k,  dk = scale ds^T q.
 
 template <class Engine>
-class Backward {
+class BackwardAttention {
   typedef typename Engine::Element Element;
 
  public:
-  explicit Backward(const AttentionBackward& problem)
+  explicit BackwardAttention(const AttentionBackward& problem)
       : problem_(problem),
         channels_(problem.channels),
         units_((channels_ + Engine::kPack - 1) / Engine::kPack),
@@ -266,9 +266,9 @@ class Backward {
 
 void attention_backward(const AttentionBackward& problem, int64_t begin, int64_t end) {
 #if defined(DPDIFF_AVX512)
-  if (problem.dtype == DType::bfloat16) return Backward<BFloat16Engine>(problem).run(begin, end);
+  if (problem.dtype == DType::bfloat16) return BackwardAttention<BFloat16Engine>(problem).run(begin, end);
 #endif
-  Backward<FloatEngine>(problem).run(begin, end);
+  BackwardAttention<FloatEngine>(problem).run(begin, end);
 }
 
 // Adds up the parts of a shared bank's gradient: rows [begin, end) of (H, M).

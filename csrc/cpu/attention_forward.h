@@ -2,9 +2,9 @@
 // (Milakov and Gimelshein, 2018). A thread packs the banks of an instance once for all its queries.
 
 template <class Engine>
-class Forward {
+class ForwardAttention {
  public:
-  explicit Forward(const AttentionForward& problem)
+  explicit ForwardAttention(const AttentionForward& problem)
       : problem_(problem),
         channels_(problem.channels),
         units_((channels_ + Engine::kPack - 1) / Engine::kPack),
@@ -206,7 +206,7 @@ class Forward {
 
 void attention_forward(const AttentionForward& problem, int64_t begin, int64_t end) {
 #if defined(DPDIFF_AVX512)
-  if (problem.dtype == DType::bfloat16) return Forward<BFloat16Engine>(problem).run(begin, end);
+  if (problem.dtype == DType::bfloat16) return ForwardAttention<BFloat16Engine>(problem).run(begin, end);
 #endif
-  Forward<FloatEngine>(problem).run(begin, end);
+  ForwardAttention<FloatEngine>(problem).run(begin, end);
 }
