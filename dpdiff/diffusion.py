@@ -33,15 +33,23 @@ class Diffusion:
         return self.scheduler.add_noise(x, noise, timesteps)
 
     def reconstruct(
-        self, predict: Callable[[Tensor, Tensor], Tensor], x: Tensor, noise: Tensor, timestep: int, n_steps: int
+        self,
+        predict: Callable[[Tensor, Tensor], Tensor],
+        x: Tensor,
+        noise: Tensor,
+        timestep: int,
+        n_steps: int,
+        min_timestep: int = 0,
     ) -> Tensor:
         """Noises x (B, ...) to `timestep` and denoises it in `n_steps` steps of DDIM (Song et al., 2021, eta = 0).
+
+        The steps are evenly spread from `timestep` down to `min_timestep`, below which the network isn't asked.
 
         Args:
             predict: (noisy x, timesteps (B,)) -> x0.
             noise: (B, ...), standard normal.
         """
-        timesteps = [round(timestep * (n_steps - i) / n_steps) for i in range(n_steps)]
+        timesteps = [round(timestep - (timestep - min_timestep) * i / n_steps) for i in range(n_steps)]
         abar = self.scheduler.alphas_cumprod.to(x.device)
         x = self.add_noise(x, noise, torch.full((len(x),), timestep, device=x.device))
         for t, t_previous in zip(timesteps, [*timesteps[1:], -1]):

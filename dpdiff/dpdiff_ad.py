@@ -40,11 +40,13 @@ class DPDiffAD(nn.Module):
         image_size: side in pixels to which images are resized.
         stride: of the layer whose grid the tokens lie on; the one closest to 16 when None. See `Tokenizer`.
         max_channels: channels per layer; what has more is projected on its principal components.
+        neighbourhood: side of the window in which features are averaged.
         n_local, n_global: prototypes in the banks.
         k: nearest local prototypes blended into a token's condition; temperature: of their softmax, on squared
             distances per channel.
         dim, depth, num_heads: of the denoiser. dim is a multiple of num_heads.
-        n_timesteps: of the diffusion.
+        n_timesteps: of the diffusion. min_timestep: the least that training draws: at lower ones, noisy tokens show
+            nearly everything, and copying them, defects included, is all that there is to learn.
         timestep: to which inference noises the tokens; n_steps: DDIM steps back from there; n_samples: noise samples
             over which the map is averaged.
         local_weight: share of the distance to the local prototypes in the anomaly map, from 0 to 1.
@@ -65,18 +67,20 @@ class DPDiffAD(nn.Module):
         image_size: int = 256,
         stride: int | None = None,
         max_channels: int = 128,
+        neighbourhood: int = 3,
         n_local: int = 512,
         n_global: int = 64,
         k: int = 3,
         temperature: float = 0.1,
         dim: int = 192,
         depth: int = 2,
-        num_heads: int = 6,
+        num_heads: int = 3,
         n_timesteps: int = 1000,
-        timestep: int = 300,
+        min_timestep: int = 300,
+        timestep: int = 600,
         n_steps: int = 1,
-        n_samples: int = 2,
-        local_weight: float = 0.3,
+        n_samples: int = 1,
+        local_weight: float = 0.1,
         ot_weight: float = 0.1,
         local_loss_weight: float = 1.0,
         condition: bool = True,
@@ -89,7 +93,7 @@ class DPDiffAD(nn.Module):
         self.config: dict[str, Any] = arguments | {"layers": None, "backbone_weights": None, "pretrained": False}
         self.backbone = Backbone(backbone, layers, pretrained, backbone_weights)
         self.config["layers"] = list(self.backbone.layers)
-        self.tokenizer = Tokenizer(self.backbone, image_size, stride, max_channels)
+        self.tokenizer = Tokenizer(self.backbone, image_size, stride, max_channels, neighbourhood)
         token_dim, n_tokens = self.tokenizer.dim, self.tokenizer.n_tokens
         self.local_prototypes = LocalPrototypes(n_local, token_dim, k, temperature)
         self.global_prototypes = GlobalPrototypes(n_global, dim)
@@ -120,7 +124,8 @@ class DPDiffAD(nn.Module):
         """Training losses of clean tokens (B, N, D): "loss", what to minimise, and its parts, all scalars."""
         config = self.config
         noise = torch.randn_like(tokens)
-        timesteps = torch.randint(self.diffusion.n_timesteps, (len(tokens),), device=tokens.device)
+        lowest, highest = config["min_timestep"], self.diffusion.n_timesteps
+        timesteps = torch.randint(lowest, highest, (len(tokens),), device=tokens.device)
         noisy = self.diffusion.add_noise(tokens, noise, timesteps)
         condition, distances = self.local_prototypes(tokens)
         reconstruction = self.denoiser(noisy, timesteps, condition, self._banks()).float()
@@ -179,6 +184,7 @@ class DPDiffAD(nn.Module):
 
     def _maps(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Reconstruction error and distance to the local prototypes, (B, h, w) on the finest layer's grid."""
+        config = self.config
         condition, distances = self.local_prototypes(tokens)
         banks = self._banks()
 
@@ -188,8 +194,8 @@ class DPDiffAD(nn.Module):
         errors = []
         for noise in self.noise:
             noise = noise.expand_as(tokens)
-            timestep, n_steps = self.config["timestep"], self.config["n_steps"]
-            reconstruction = self.diffusion.reconstruct(predict, tokens, noise, timestep, n_steps)
+            steps = (config["timestep"], config["n_steps"], config["min_timestep"])
+            reconstruction = self.diffusion.reconstruct(predict, tokens, noise, *steps)
             errors.append(self.tokenizer.cosine_distances(tokens, reconstruction))
         layers = [torch.stack(samples).mean(0) for samples in zip(*errors)]
         finest = max((layer.shape[-2:] for layer in layers), key=lambda size: size[0])
@@ -226,8 +232,11 @@ def _check_arguments(arguments: dict[str, Any]) -> None:
         raise ValueError(f"temperature is {arguments['temperature']}: expected a positive number")
     if not 0 <= arguments["timestep"] < arguments["n_timesteps"]:
         raise ValueError(f"timestep is {arguments['timestep']}: expected 0 to n_timesteps - 1 ({arguments['n_timesteps'] - 1})")
-    if arguments["n_steps"] > arguments["timestep"] + 1:
-        raise ValueError(f"n_steps is {arguments['n_steps']}: expected at most timestep + 1 ({arguments['timestep'] + 1})")
+    if not 0 <= arguments["min_timestep"] <= arguments["timestep"]:
+        raise ValueError(f"min_timestep is {arguments['min_timestep']}: expected 0 to timestep ({arguments['timestep']})")
+    most = arguments["timestep"] - arguments["min_timestep"] + 1
+    if arguments["n_steps"] > most:
+        raise ValueError(f"n_steps is {arguments['n_steps']}: expected at most timestep - min_timestep + 1 ({most})")
     if not 0 <= arguments["local_weight"] <= 1:
         raise ValueError(f"local_weight is {arguments['local_weight']}: expected 0 to 1")
 

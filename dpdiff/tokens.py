@@ -11,7 +11,11 @@ from dpdiff.backbones import Backbone
 
 
 class Tokenizer(nn.Module):
-    """Standardises every layer, brings all to one grid and concatenates them: tokens (B, N, D).
+    """Averages neighbourhoods, standardises every layer, brings all to one grid and concatenates: tokens (B, N, D).
+
+    Each feature vector is first averaged with its neighbours in a window of `neighbourhood` x `neighbourhood`, as in
+    PatchCore (Roth et al., "Towards total recall in industrial anomaly detection", 2022), which makes it a description
+    of its surroundings that tolerates small shifts.
 
     The grid is that of the layer whose stride is `stride`. A finer layer is folded into it (each token takes the r x r
     feature vectors it covers, so that nothing is lost), a coarser one is interpolated. Plain transformers, whose
@@ -21,8 +25,18 @@ class Tokenizer(nn.Module):
     `fit` sets the statistics; they are buffers, saved with the model.
     """
 
-    def __init__(self, backbone: Backbone, image_size: int, stride: int | None = None, max_channels: int = 128) -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        image_size: int,
+        stride: int | None = None,
+        max_channels: int = 128,
+        neighbourhood: int = 3,
+    ) -> None:
         super().__init__()
+        if neighbourhood < 1 or neighbourhood % 2 == 0:
+            raise ValueError(f"neighbourhood is {neighbourhood}: expected a positive odd number")
+        self.neighbourhood = neighbourhood
         with torch.no_grad():
             maps = backbone(torch.zeros(1, 3, image_size, image_size, device=next(backbone.parameters()).device))
         sizes = [tuple(m.shape[-2:]) for m in maps]
@@ -101,7 +115,9 @@ class Tokenizer(nn.Module):
         return [1 - F.cosine_similarity(x, y, dim=1) for x, y in pairs]
 
     def _fuse(self, maps: Sequence[Tensor]) -> list[Tensor]:
-        return [maps[g[0]] if len(g) == 1 else torch.stack([maps[i] for i in g]).mean(0) for g in self.fused]
+        fused = [maps[g[0]] if len(g) == 1 else torch.stack([maps[i] for i in g]).mean(0) for g in self.fused]
+        size = self.neighbourhood
+        return [F.avg_pool2d(m, size, stride=1, padding=size // 2, count_include_pad=False) for m in fused]
 
 
 def _halves(n: int) -> list[list[int]]:

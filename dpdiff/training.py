@@ -7,6 +7,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import lightning as L
@@ -105,7 +106,6 @@ def train(
     if not samples:
         raise ValueError("samples is empty: expected at least one normal image")
     out.mkdir(parents=True, exist_ok=True)
-    _quieten()
     L.seed_everything(seed, verbose=False)
     show = progress and sys.stderr.isatty()
 
@@ -129,34 +129,30 @@ def train(
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
     )
-    trainer = L.Trainer(
-        max_steps=max_steps,
-        accelerator=accelerator,
-        devices=devices,
-        precision=_best_precision(accelerator) if precision == "auto" else precision,
-        gradient_clip_val=1.0,
-        callbacks=[
-            ModelCheckpoint(out, filename="last", every_n_train_steps=checkpoint_interval, enable_version_counter=False),
-            *([RichProgressBar()] if show else []),
-        ],
-        logger=CSVLogger(out, name=None, version=""),
-        enable_progress_bar=show,
-        enable_model_summary=False,
-        log_every_n_steps=10,
-        use_distributed_sampler=True,
-    )
-    model.train()
-    try:
-        trainer.fit(
-            Training(model, max_steps, lr, weight_decay),
-            loader,
-            ckpt_path=checkpoint if resumed else None,
-            weights_only=True,
+    with _quiet_lightning():
+        trainer = L.Trainer(
+            max_steps=max_steps,
+            accelerator=accelerator,
+            devices=devices,
+            precision=_best_precision(accelerator) if precision == "auto" else precision,
+            gradient_clip_val=1.0,
+            callbacks=[
+                ModelCheckpoint(out, "last", every_n_train_steps=checkpoint_interval, enable_version_counter=False),
+                *([RichProgressBar()] if show else []),
+            ],
+            logger=CSVLogger(out, name=None, version=""),
+            enable_progress_bar=show,
+            enable_model_summary=False,
+            log_every_n_steps=10,
         )
-    except RuntimeError as error:
-        if resumed and "state_dict" in str(error):
-            raise ValueError(f"{checkpoint} belongs to another model: train into an empty folder, or start anew") from error
-        raise
+        model.train()
+        training = Training(model, max_steps, lr, weight_decay)
+        try:
+            trainer.fit(training, loader, ckpt_path=checkpoint if resumed else None, weights_only=True)
+        except RuntimeError as error:
+            if resumed and "state_dict" in str(error):
+                raise ValueError(f"{checkpoint} is of another model: choose an empty folder, or don't resume") from error
+            raise
     if trainer.interrupted:
         raise KeyboardInterrupt
     model.eval()
@@ -205,8 +201,10 @@ def _best_precision(accelerator: str) -> str:
     return "bf16-mixed" if torch.cpu._is_avx512_bf16_supported() else "32-true"
 
 
-def _quieten() -> None:
-    """Lightning's advice (more workers, devices it found) is not about anything that the user did."""
+@contextmanager
+def _quiet_lightning() -> Iterator[None]:
+    """Its advice (more workers, devices it found, folders that exist) is not about anything that the user did."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    for message in (".*does not have many workers.*", ".*Checkpoint directory.*", ".*lr_scheduler.step.*", ".*barrier.*"):
-        warnings.filterwarnings("ignore", message)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"lightning\.")
+        yield

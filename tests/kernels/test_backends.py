@@ -1,0 +1,138 @@
+"""Which implementation runs: choice, errors, the warning without the native library, and the library's build."""
+
+import os
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+
+import dpdiff_kernels as dk
+from dpdiff_kernels import backends as module
+
+TOKENS, PROTOTYPES = torch.randn(7, 5), torch.randn(3, 5)
+
+
+def run(code: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True, timeout=120
+    )
+
+
+def test_every_backend_says_whether_and_why():
+    found = dk.backends()
+    assert list(found) == ["reference", "cpp", "triton", "cuda"]
+    assert found["reference"].available
+    assert all(backend.reason for backend in found.values())
+    if not torch.cuda.is_available():
+        assert not found["triton"].available and "CUDA" in found["triton"].reason
+
+
+@pytest.mark.skipif(os.environ.get("DPDIFF_BUILD_EXTENSION") == "0", reason="a pure-Python install was asked for")
+def test_the_native_library_is_built():
+    assert dk.backends()["cpp"].available, dk.backends()["cpp"].reason
+
+
+def test_order_of_the_choices(monkeypatch):
+    def select(backend=None):
+        return module.select(backend, ("cpp", "reference"), TOKENS)
+
+    assert select() == "cpp"
+    monkeypatch.setenv("DPDIFF_BACKEND", "reference")
+    assert select() == "reference"
+    with dk.use_backend("auto"):
+        assert select() == "cpp"
+        with dk.use_backend("reference"):
+            assert select() == "reference"
+            assert select("cpp") == "cpp"
+        assert select() == "cpp"
+
+
+def test_use_backend_is_undone_by_an_exception():
+    with pytest.raises(KeyError), dk.use_backend("reference"):
+        raise KeyError
+    assert module.select(None, ("cpp", "reference"), TOKENS) == "cpp"
+
+
+def test_float64_runs_on_the_reference():
+    assert module.select(None, ("cpp", "reference"), TOKENS.double()) == "reference"
+    with pytest.raises(ValueError, match=r"backend is 'cpp'.*float64"):
+        module.select("cpp", ("cpp", "reference"), TOKENS.double())
+
+
+@pytest.mark.parametrize("name", ["fastest", "CPP", ""])
+def test_unknown_backends(name, monkeypatch):
+    with pytest.raises(ValueError, match="expected auto, reference, cpp, triton, cuda"):
+        dk.nearest_prototype(TOKENS, PROTOTYPES, backend=name)
+    with pytest.raises(ValueError, match="use_backend's name"), dk.use_backend(name):
+        pass
+    monkeypatch.setenv("DPDIFF_BACKEND", name)
+    with pytest.raises(ValueError, match="DPDIFF_BACKEND"):
+        dk.nearest_prototype(TOKENS, PROTOTYPES)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_an_unavailable_backend_says_why():
+    with pytest.raises(ValueError, match="triton.*no CUDA device"):
+        dk.nearest_prototype(TOKENS, PROTOTYPES, backend="triton")
+
+
+def test_compiled_code_follows_the_choice():
+    torch._dynamo.reset()
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def which(x):
+        return x + (1 if module.select(None, ("cpp", "reference"), x) == "cpp" else 2)
+
+    assert which(torch.zeros(1)) == 1
+    with dk.use_backend("reference"):
+        assert which(torch.zeros(1)) == 2
+    assert which(torch.zeros(1)) == 1
+
+
+def test_show_config_fits_on_a_screen(capsys):
+    text = dk.show_config()
+    assert capsys.readouterr().out == text + "\n"
+    for word in ("dpdiff", "torch", "python", *dk.backends()):
+        assert word in text
+    assert len(text.splitlines()) < 25
+
+
+def test_one_warning_without_the_library(monkeypatch):
+    monkeypatch.setattr(module, "_LIBRARY", module.Backend(False, "the native library was not built"))
+    monkeypatch.setattr(module, "_warned", False)
+    with pytest.warns(RuntimeWarning, match="pip install") as caught:
+        first = module.select(None, ("cpp", "reference"), TOKENS)
+        second = module.select(None, ("cpp", "reference"), TOKENS)
+    assert first == second == "reference" and len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        module._warned = False
+        assert module.select("reference", ("cpp", "reference"), TOKENS) == "reference"
+
+
+def test_everything_imports_and_runs_without_the_library():
+    code = """
+import pathlib, torch, warnings
+real = pathlib.Path.glob
+pathlib.Path.glob = lambda self, pattern: iter(()) if pattern.startswith("_C") else real(self, pattern)
+import dpdiff_kernels as dk
+assert not dk.backends()["cpp"].available
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    x, p = torch.randn(2, 6, 4), torch.randn(5, 4)
+    dk.nearest_prototype(x, p); dk.aggregate_nearest(x, p); dk.prototype_statistics(x, p); dk.kmeans(x, 3)
+    dk.prototype_attention(x[None], p[None], p[None]); dk.sinkhorn(x.abs()); dk.sinkhorn_points(x, x)
+print(len([w for w in caught if "reference implementation" in str(w.message)]))
+"""
+    result = run(code)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == ["1"]
+
+
+@pytest.mark.parametrize("wanted", ["portable", "avx2", "avx512"])
+def test_the_instruction_set_can_be_lowered(wanted):
+    result = run("import torch, dpdiff_kernels; print(torch.ops.dpdiff.cpu_capability())", DPDIFF_CPU_CAPABILITY=wanted)
+    order = ["portable", "avx2", "avx512"]
+    assert order.index(result.stdout.strip()) <= order.index(wanted)
