@@ -5,6 +5,7 @@ from dpdiff_kernels.attention import ProjectedBanks, PrototypeAttention, prototy
 from dpdiff_kernels.backends import backends, show_config, use_backend
 from dpdiff_kernels.kmeans import kmeans
 from dpdiff_kernels.nearest import aggregate_nearest, nearest_prototype, prototype_statistics
+from dpdiff_kernels.sinkhorn import sinkhorn, sinkhorn_points
 
 __all__ = [
     "ProjectedBanks",
@@ -16,5 +17,7 @@ __all__ = [
     "prototype_attention",
     "prototype_statistics",
     "show_config",
+    "sinkhorn",
+    "sinkhorn_points",
     "use_backend",
 ]

@@ -72,3 +72,14 @@ def check_groups(
             f"active_groups has shape {tuple(active_groups.shape)}: expected {(*batch_shape, 'G')}, "
             "the batch dimensions and then the active groups"
         )
+
+
+def widest_under_autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Under autocast, the tensors in the widest of their dtypes, as torch.cdist takes them; as they are otherwise."""
+    floats = [t for t in tensors if isinstance(t, Tensor) and t.dtype in FLOATS]
+    if not floats or not torch.is_autocast_enabled(floats[0].device.type):
+        return tensors
+    dtype = floats[0].dtype
+    for t in floats[1:]:
+        dtype = torch.promote_types(dtype, t.dtype)
+    return tuple(t.to(dtype) if isinstance(t, Tensor) and t.dtype in FLOATS else t for t in tensors)

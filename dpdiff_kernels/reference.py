@@ -3,8 +3,12 @@
 Batch dimensions are flattened by the public functions before they get here, and inputs are valid.
 """
 
+import math
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 # ---------------------------------------------------------------------------------------------------------------------
 # nearest prototype: everything is computed in float64, so that the choice and the scores are exact to float32 rounding.
@@ -185,3 +189,260 @@ def active_prototypes(groups: Tensor, active_groups: Tensor) -> Tensor:
     known = torch.nn.functional.pad(active_groups, (1, 0), value=-1).sort(-1).values
     place = torch.searchsorted(known, groups.expand(known.shape[0], -1).contiguous()).clamp(max=known.shape[1] - 1)
     return (known.gather(-1, place) == groups) & (groups >= 0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# sinkhorn: everything in the log domain and, whatever the input, in float64: at eps = 1e-4 of the largest cost a float32
+# potential is only good to 6e-4 eps, and the plan with it.
+
+Softmin = Callable[[Tensor], Tensor]
+_BLOCK = 1 << 20  # elements of the cost that sinkhorn_points holds at once
+
+
+def sinkhorn(
+    cost: Tensor,  # (B, N, M)
+    a: Tensor,  # (B, N)
+    b: Tensor,  # (B, M)
+    eps: float,
+    n_iters: int,
+    tol: float | None,
+    tau_a: float | None,
+    tau_b: float | None,
+) -> tuple[Tensor, ...]:
+    """Returns plan (B, N, M), f (B, N), g (B, M), cost (B,), value (B,), n_iters (B,) and error (B,)."""
+    dtype = cost.dtype
+    cost, a, b = _wide(cost), _wide(a), _wide(b)
+    f, g, used = _iterate(
+        lambda h: _replayed(_softmin, cost, h, eps),
+        lambda h: _replayed(_softmin, cost.mT, h, eps),
+        a, b, eps, n_iters, tol, tau_a, tau_b,
+    )  # fmt: skip
+    log_plan = (_carried(f, a, eps).unsqueeze(-1) + _carried(g, b, eps).unsqueeze(-2) - cost) / eps
+    poison = _poison((cost > -math.inf).flatten(1).all(1), a, b)
+    plan = log_plan.exp() + poison[:, None, None]
+    total = (plan * torch.where(cost < math.inf, cost, 0)).sum((-2, -1))
+    value = _Envelope.apply(cost, a, b, f, g, plan, eps, tau_a, tau_b)
+    error = _violation(plan.sum(-1), f, a, tau_a) + _violation(plan.sum(-2), g, b, tau_b)
+    outputs = (plan, f + poison[:, None], g + poison[:, None], total + poison, value + poison)
+    return *(x.to(dtype) for x in outputs), used, (error + poison).detach().float()
+
+
+def sinkhorn_points(
+    x: Tensor,  # (B, N, D)
+    y: Tensor,  # (B, M, D)
+    a: Tensor,  # (B, N)
+    b: Tensor,  # (B, M)
+    eps: float,
+    n_iters: int,
+    tol: float | None,
+    tau_a: float | None,
+    tau_b: float | None,
+    metric: str,
+) -> tuple[Tensor, ...]:
+    """Returns f (B, N), g (B, M), value (B,), n_iters (B,) and error (B,); the potentials in float64."""
+    dtype = x.dtype
+    x, y, a, b = _wide(x), _wide(y), _wide(a), _wide(b)
+    x, y = _embedded(x, metric), _embedded(y, metric)
+    f, g, used = _iterate(
+        lambda h: _softmin_points(x, y, h, eps, metric),
+        lambda h: _softmin_points(y, x, h, eps, metric),
+        a, b, eps, n_iters, tol, tau_a, tau_b,
+    )  # fmt: skip
+    poison = _poison(x.isfinite().flatten(1).all(1) & y.isfinite().flatten(1).all(1), a, b)
+    rows, columns = (
+        _apply_points(p, q, _carried(u, m, eps), _carried(v, w, eps), torch.ones_like(w).unsqueeze(-1), eps, metric)
+        for p, q, u, v, m, w in ((x, y, f, g, a, b), (y, x, g, f, b, a))
+    )
+    rows, columns = rows.squeeze(-1).detach(), columns.squeeze(-1).detach()
+    value = _PointsEnvelope.apply(x, y, a, b, f, g, rows.sum(-1), eps, tau_a, tau_b, metric)
+    error = _violation(rows, f, a, tau_a) + _violation(columns, g, b, tau_b)
+    return f + poison[:, None], g + poison[:, None], (value + poison).to(dtype), used, (error + poison).detach().float()
+
+
+def sinkhorn_points_apply(
+    x: Tensor, y: Tensor, a: Tensor, b: Tensor, f: Tensor, g: Tensor, v: Tensor, eps: float, metric: str
+) -> Tensor:
+    """Returns plan @ v (B, N, C) for v (B, M, C), from the potentials of sinkhorn_points."""
+    out = _apply_points(
+        _embedded(_wide(x), metric), _embedded(_wide(y), metric),
+        _carried(_wide(f), _wide(a), eps), _carried(_wide(g), _wide(b), eps), _wide(v), eps, metric,
+    )  # fmt: skip
+    return out.to(v.dtype)
+
+
+def _iterate(
+    rows: Softmin,
+    columns: Softmin,
+    a: Tensor,
+    b: Tensor,
+    eps: float,
+    n_iters: int,
+    tol: float | None,
+    tau_a: float | None,
+    tau_b: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """n_iters times f from g, then g from f. A problem stops where its rows are within tol: that is known when the
+    next f is (the columns are exact after g, but for those that nothing reaches)."""
+    damp_a = 1.0 if tau_a is None else tau_a / (tau_a + eps)
+    damp_b = 1.0 if tau_b is None else tau_b / (tau_b + eps)
+    f = damp_a * rows(_carried(torch.zeros_like(b), b, eps))
+    g = damp_b * columns(_carried(f, a, eps))
+    used = torch.ones(a.shape[0], dtype=torch.int64, device=a.device)
+    active = torch.ones_like(used, dtype=torch.bool)
+    for _ in range(n_iters - 1):
+        softmin = rows(_carried(g, b, eps))
+        if tol is None:
+            f = damp_a * softmin
+            g = damp_b * columns(_carried(f, a, eps))
+            used = used + 1
+            continue
+        row_sums = torch.where((a > 0) & (f < math.inf), a * ((f - softmin) / eps).exp(), 0)
+        error = _violation(row_sums, f, a, tau_a) + _violation(torch.zeros_like(b), g, b * (g == math.inf), tau_b)
+        active = active & ~(error < tol)
+        if not torch.compiler.is_compiling() and not active.any():
+            break
+        f = torch.where(active[:, None], damp_a * softmin, f)
+        g = torch.where(active[:, None], damp_b * columns(_carried(f, a, eps)), g)
+        used = used + active
+    return f, g, used
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.float() if x.device.type == "mps" else x.double()  # MPS has no float64
+
+
+def _embedded(x: Tensor, metric: str) -> Tensor:
+    return torch.nn.functional.normalize(x, dim=-1) if metric == "cosine" else x
+
+
+def _carried(potential: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """potential + eps log(weight); -inf for what carries nothing: a zero weight, or a potential that is infinite since
+    nothing reaches that point."""
+    present = (weight > 0) & (potential < math.inf)
+    return torch.where(present, potential + eps * torch.where(weight > 0, weight, 1).log(), -math.inf)
+
+
+def _softmin(cost: Tensor, h: Tensor, eps: float) -> Tensor:
+    """-eps log sum_j exp((h_j - cost_ij) / eps), +inf for a row that nothing reaches."""
+    logits = (h.unsqueeze(-2) - cost) / eps
+    reached = (logits > -math.inf).any(-1)
+    logits = torch.where(reached.unsqueeze(-1), logits, 0)  # else logsumexp's gradient is NaN
+    return torch.where(reached, -eps * logits.logsumexp(-1), math.inf)
+
+
+def _replayed(function: Callable[..., Tensor], *args) -> Tensor:
+    """The function, whose intermediate results the backward pass computes again rather than store."""
+    if not torch.is_grad_enabled():
+        return function(*args)
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+
+
+def _cost_block(x: Tensor, y: Tensor, metric: str) -> Tensor:
+    inner = x @ y.mT
+    if metric == "cosine":
+        return 1 - inner
+    return x.square().sum(-1).unsqueeze(-1) + y.square().sum(-1).unsqueeze(-2) - 2 * inner
+
+
+def _softmin_block(x: Tensor, y: Tensor, h: Tensor, eps: float, metric: str) -> Tensor:
+    return _softmin(_cost_block(x, y, metric), h, eps)
+
+
+def _blocks(x: Tensor, columns: int) -> tuple[Tensor, ...]:
+    if torch.compiler.is_exporting():  # a program for any shape can't have a number of blocks
+        return (x,)
+    return x.split(max(1, _BLOCK // max(1, x.shape[0] * columns)), dim=1)
+
+
+def _softmin_points(x: Tensor, y: Tensor, h: Tensor, eps: float, metric: str) -> Tensor:
+    parts = [_replayed(_softmin_block, block, y, h, eps, metric) for block in _blocks(x, y.shape[1])]
+    return torch.cat(parts, 1)
+
+
+def _apply_block(x: Tensor, y: Tensor, h_x: Tensor, h_y: Tensor, v: Tensor, eps: float, metric: str) -> Tensor:
+    return ((h_x.unsqueeze(-1) + h_y.unsqueeze(-2) - _cost_block(x, y, metric)) / eps).exp() @ v
+
+
+def _apply_points(x: Tensor, y: Tensor, h_x: Tensor, h_y: Tensor, v: Tensor, eps: float, metric: str) -> Tensor:
+    parts = [
+        _replayed(_apply_block, block, y, h, h_y, v, eps, metric)
+        for block, h in zip(_blocks(x, y.shape[1]), _blocks(h_x, y.shape[1]))
+    ]
+    return torch.cat(parts, 1)
+
+
+def _poison(good: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """NaN for each problem with an input that has no meaning, 0 for the others."""
+    for weight in (a, b):
+        good = good & ((weight >= 0) & (weight < math.inf)).all(-1)
+    return torch.where(good, 0.0, math.nan).to(a.dtype)
+
+
+def _violation(sums: Tensor, potential: Tensor, weight: Tensor, tau: float | None) -> Tensor:
+    """L1 distance of a marginal from what optimality asks: weight, or weight exp(-potential / tau) where relaxed."""
+    target = weight if tau is None else torch.where(weight > 0, weight * (-potential / tau).exp(), 0)
+    return (sums - target).abs().sum(-1)
+
+
+def _conjugate(potential: Tensor, tau: float | None) -> Tensor:
+    """What a unit of mass contributes to the dual objective: the potential, or -tau (exp(-potential / tau) - 1)."""
+    return potential if tau is None else -tau * torch.expm1(-potential / tau)
+
+
+def _dual_value(
+    a: Tensor, b: Tensor, f: Tensor, g: Tensor, mass: Tensor, eps: float, tau_a: float | None, tau_b: float | None
+) -> Tensor:
+    value = -eps * (mass - a.sum(-1) * b.sum(-1))
+    for weight, potential, tau in ((a, f, tau_a), (b, g, tau_b)):
+        value = value + torch.where(weight > 0, weight * _conjugate(potential, tau), 0).sum(-1)
+    return value
+
+
+def _marginal_gradient(potential: Tensor, other_mass: Tensor, eps: float, tau: float | None) -> Tensor:
+    """d value / d weight at the optimum."""
+    relative = 1.0 if tau is None else (-potential / tau).exp()
+    return _conjugate(potential, tau) + eps * (other_mass.unsqueeze(-1) - relative)
+
+
+class _Envelope(torch.autograd.Function):
+    """The dual objective, whose gradient takes the potentials as optimal. Differentiable twice: the gradients are made
+    of plan, f and g, and these depend on the inputs through the iterations."""
+
+    @staticmethod
+    def forward(ctx, cost, a, b, f, g, plan, eps, tau_a, tau_b):
+        ctx.save_for_backward(a, b, f, g, plan)
+        ctx.options = eps, tau_a, tau_b
+        return _dual_value(a, b, f, g, plan.sum((-2, -1)), eps, tau_a, tau_b)
+
+    @staticmethod
+    def backward(ctx, grad):
+        a, b, f, g, plan = ctx.saved_tensors
+        eps, tau_a, tau_b = ctx.options
+        grad_a = grad[:, None] * _marginal_gradient(f, b.sum(-1), eps, tau_a)
+        grad_b = grad[:, None] * _marginal_gradient(g, a.sum(-1), eps, tau_b)
+        return grad[:, None, None] * plan, grad_a, grad_b, None, None, None, None, None, None
+
+
+class _PointsEnvelope(torch.autograd.Function):
+    """_Envelope, where the cost is that of points and the plan is applied rather than held."""
+
+    @staticmethod
+    def forward(ctx, x, y, a, b, f, g, mass, eps, tau_a, tau_b, metric):
+        ctx.save_for_backward(x, y, a, b, f, g)
+        ctx.options = eps, tau_a, tau_b, metric
+        return _dual_value(a, b, f, g, mass, eps, tau_a, tau_b)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, y, a, b, f, g = ctx.saved_tensors
+        eps, tau_a, tau_b, metric = ctx.options
+        h_f, h_g = _carried(f, a, eps), _carried(g, b, eps)
+        grads = []
+        for p, q, h_p, h_q in ((x, y, h_f, h_g), (y, x, h_g, h_f)):
+            # sum_j plan_ij and sum_j plan_ij q_j in one pass
+            moments = _apply_points(p, q, h_p, h_q, torch.cat([torch.ones_like(q[..., :1]), q], -1), eps, metric)
+            pulled = -moments[..., 1:] if metric == "cosine" else 2 * (moments[..., :1] * p - moments[..., 1:])
+            grads.append(grad[:, None, None] * pulled)
+        grads.append(grad[:, None] * _marginal_gradient(f, b.sum(-1), eps, tau_a))
+        grads.append(grad[:, None] * _marginal_gradient(g, a.sum(-1), eps, tau_b))
+        return *grads, None, None, None, None, None, None, None

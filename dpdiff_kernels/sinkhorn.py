@@ -1,0 +1,268 @@
+"""Entropic optimal transport by Sinkhorn's iterations, batched: from a cost matrix, or from points without one."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dpdiff_kernels import reference
+from dpdiff_kernels.backends import select
+from dpdiff_kernels.checks import (
+    check_choice,
+    check_floats,
+    check_int,
+    check_positive,
+    check_shape,
+    widest_under_autocast,
+)
+
+
+class Transport(NamedTuple):
+    """What `sinkhorn` returns."""
+
+    plan: Tensor | None
+    f: Tensor
+    g: Tensor
+    cost: Tensor
+    value: Tensor
+    n_iters: Tensor
+    error: Tensor
+
+
+class PointTransport(NamedTuple):
+    """What `sinkhorn_points` returns: the results, then what `apply` needs of the problem."""
+
+    value: Tensor
+    f: Tensor
+    g: Tensor
+    n_iters: Tensor
+    error: Tensor
+    problem: tuple  # x, y, a, b and the potentials in float64 (batch dimensions flattened), eps, metric
+
+    def apply(self, v: Tensor) -> Tensor:
+        """Returns plan @ v, (..., N, C), for v (..., M, C), in one pass over the pairs that holds a block of the plan.
+
+        Differentiable in v and, through the plan, in all that `sinkhorn_points` was given; the backward pass computes
+        the pairs again.
+
+        Raises:
+            TypeError: v's dtype isn't the points' dtype.
+            ValueError: v's shape doesn't fit.
+        """
+        x, y, a, b, f, g, eps, metric = self.problem
+        x, y, v = widest_under_autocast(x, y, v)
+        check_floats(x=x, y=y, v=v)
+        batch, n, m = self.f.shape[:-1], x.shape[1], y.shape[1]
+        if v.dim() != len(batch) + 2 or v.shape[:-1] != (*batch, m):
+            raise ValueError(f"v has shape {tuple(v.shape)}: expected {(*batch, m, 'C')}")
+        flat = v.reshape(x.shape[0], m, v.shape[-1])
+        return reference.sinkhorn_points_apply(x, y, a, b, f, g, flat, eps, metric).view(*batch, n, v.shape[-1])
+
+
+def sinkhorn(
+    cost: Tensor,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    eps: float = 0.05,
+    n_iters: int = 50,
+    tol: float | None = None,
+    tau_a: float | None = None,
+    tau_b: float | None = None,
+    return_plan: bool = True,
+    *,
+    backend: str | None = None,
+) -> Transport:
+    r"""Entropy-regularised optimal transport between weighted points, for a batch of cost matrices.
+
+    Looks for the plan P >= 0 that minimises
+
+        <P, cost> + eps KL(P | a b^T) + tau_a KL(P 1 | a) + tau_b KL(P^T 1 | b),    KL(x | y) = sum x log(x / y) - x + y
+
+    where tau = None (balanced) asks for P 1 = a, or P^T 1 = b, exactly. The plan is P_ij = a_i b_j exp((f_i + g_j -
+    cost_ij) / eps). An iteration, from g = 0, sets f and then g:
+
+        f_i = -damp_a eps log sum_j b_j exp((g_j - cost_ij) / eps)        damp = 1, or tau / (tau + eps) where relaxed
+        g_j = -damp_b eps log sum_i a_i exp((f_i - cost_ij) / eps)
+
+    so that P^T 1 = b holds to rounding from the first iteration on, and P 1 approaches a.
+
+    Args:
+        cost: (..., N, M), float32, float16, bfloat16 or float64, of any sign and scale. +inf forbids the pair: its plan
+            is 0. The half precisions are computed in float32; float64 runs on the reference backend.
+        a: (..., N) or (N,), weights of the rows, 0 allowed. None: 1 / N each.
+        b: (..., M) or (M,), weights of the columns, 0 allowed. None: 1 / M each. Weights need not sum to 1; balanced,
+            the sums of a and b must agree to 1e-5 relative (float16: 4e-3, bfloat16: 3e-2).
+        eps: the regularisation, in units of cost (not relative to its largest entry). Results are stable from 10 to
+            1e-4 times the largest cost; the iterations that convergence takes grow as 1 / eps.
+        n_iters: the number of iterations, at least 1; with tol the largest number.
+        tol: stops each problem of the batch by itself once its `error` is below; the check costs nothing. The error of
+            float32 doesn't fall much below 1e-6 of the mass.
+        tau_a: relaxes the row marginal, in units of cost. None: balanced.
+        tau_b: relaxes the column marginal.
+        return_plan: False leaves `plan` None (and its memory unused, unless a gradient needs it).
+        backend: see `dpdiff_kernels.use_backend`.
+
+    Returns:
+        plan: (..., N, M).
+        f: (..., N), g: (..., M), the dual potentials, in units of cost. For a zero weight the formulas above
+            still define them, and its plan is 0. +inf for a point that no finite cost connects to a weight.
+        cost: (...), <plan, cost>.
+        value: (...), the objective above, computed as that of the dual problem at f and g:
+            <a, f> + <b, g> - eps (sum P - sum a sum b), with -tau (exp(-f / tau) - 1) in place of f where relaxed.
+            The two are equal at convergence; before that, this one is a lower bound. +inf where no plan is feasible.
+        n_iters: (...) int64, the iterations used.
+        error: (...) float32, |P 1 - a|_1 + |P^T 1 - b|_1 of the returned plan: the truth about convergence, whatever
+            stopped the iterations. Where relaxed, the marginal that optimality asks for, a exp(-f / tau_a), is
+            in place of a. An infeasible problem (a weight that only +inf costs connect) keeps the mass that can't be
+            carried as error.
+        All but n_iters and error are in float64 for a float64 cost, in float32 otherwise.
+
+    Inputs without a meaning (a NaN or -inf cost, a NaN or infinite weight) make every result of their problem NaN but
+    n_iters, and none of another problem. N or M of 0: an empty plan; the other side's weights count as not connected.
+
+    Gradients reach cost, a and b. Through `value` by the envelope theorem, at the price of one pass: the plan for cost,
+    f + eps (sum b - 1) for a, g + eps (sum a - 1) for b (the potentials, for weights that sum to 1); exact at
+    convergence. Through plan, cost, f and g as exact derivatives of the iterations that ran, converged or not: the
+    backward pass runs them again, and holds n_iters (N + M) numbers at a time, never n_iters N M. There, zero weights
+    and infinite costs get a zero gradient.
+
+    Work: O(N M) per iteration.
+
+    Raises:
+        TypeError: a dtype or the type of an option is wrong (mixed dtypes are promoted under autocast only).
+        ValueError: a shape, device or option doesn't fit; in eager mode on CPU also where a weight is negative or,
+            balanced, the sums of a and b differ. Elsewhere (GPU, compiled code) that check would stall the device: a
+            negative weight gives NaN, and a difference in mass stays visible in `error`.
+
+    References:
+        Cuturi, Sinkhorn distances, 2013. Chizat et al., Scaling algorithms for unbalanced optimal transport problems,
+        2018 (relaxed marginals). Schmitzer, Stabilized sparse scaling algorithms for entropy regularized transport
+        problems, 2019 (absorption).
+    """
+    cost, a, b = widest_under_autocast(cost, a, b)
+    check_floats(cost=cost, a=a, b=b)
+    if cost.dim() < 2:
+        raise ValueError(f"cost has shape {tuple(cost.shape)}: expected (..., N, M)")
+    _check_options(eps, n_iters, tol, tau_a, tau_b)
+    name = select(backend, ("reference",), cost)
+
+    *batch, n, m = cost.shape
+    size = math.prod(batch)
+    dtype = torch.float64 if cost.dtype == torch.float64 else torch.float32
+    flat_cost = cost.reshape(size, n, m).to(dtype)
+    flat_a = _weights("a", a, batch, n, flat_cost)
+    flat_b = _weights("b", b, batch, m, flat_cost)
+    if a is not None or b is not None:
+        _check_masses(flat_a, flat_b, cost.dtype, balanced=tau_a is None and tau_b is None)
+    run = {"reference": reference.sinkhorn}[name]
+    plan, f, g, *scalars = run(flat_cost, flat_a, flat_b, eps, n_iters, tol, tau_a, tau_b)
+    return Transport(
+        plan.view(*batch, n, m) if return_plan else None,
+        f.view(*batch, n),
+        g.view(*batch, m),
+        *(x.view(batch) for x in scalars),
+    )
+
+
+def sinkhorn_points(
+    x: Tensor,
+    y: Tensor,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    eps: float = 0.05,
+    n_iters: int = 50,
+    tol: float | None = None,
+    metric: str = "l2",
+    *,
+    tau_a: float | None = None,
+    tau_b: float | None = None,
+    backend: str | None = None,
+) -> PointTransport:
+    """`sinkhorn` between points, without their (N, M) cost: it is computed, block by block, as often as needed.
+
+    Args:
+        x: (..., N, D) and
+        y: (..., M, D), the points, of one floating-point dtype.
+        metric: the cost. "l2": the squared Euclidean distance |x - y|^2. "cosine": 1 - cosine similarity, from 0
+            to 2, where a zero vector has similarity 0 to all.
+        a, b, eps, n_iters, tol, tau_a, tau_b, backend: as for `sinkhorn`.
+
+    Returns:
+        value, f, g, n_iters, error: as for `sinkhorn`, and `apply(v)`, which is plan @ v.
+
+    A NaN or infinite coordinate makes every result of its problem NaN but n_iters.
+
+    Gradients reach x, y, a and b through value (by the envelope theorem, two passes over the pairs), through f and g
+    (exact derivatives of the iterations that ran, which the backward pass runs again: O(n_iters (N + M)) memory) and
+    through apply.
+
+    Work: O(N M D) per iteration. Memory beyond the inputs: O(N + M) and a block of the cost.
+
+    Raises:
+        TypeError, ValueError: as for `sinkhorn`.
+    """
+    x, y, a, b = widest_under_autocast(x, y, a, b)
+    check_floats(x=x, y=y, a=a, b=b)
+    if x.dim() < 2:
+        raise ValueError(f"x has shape {tuple(x.shape)}: expected (..., N, D)")
+    if y.dim() != x.dim() or y.shape[:-2] != x.shape[:-2] or y.shape[-1] != x.shape[-1]:
+        raise ValueError(f"y has shape {tuple(y.shape)}: expected {(*x.shape[:-2], 'M', x.shape[-1])}, to go with x")
+    check_choice("metric", metric, ("l2", "cosine"))
+    _check_options(eps, n_iters, tol, tau_a, tau_b)
+    name = select(backend, ("reference",), x)
+
+    *batch, n, d = x.shape
+    m, size = y.shape[-2], math.prod(batch)
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    flat_x, flat_y = x.reshape(size, n, d).to(dtype), y.reshape(size, m, d).to(dtype)
+    flat_a = _weights("a", a, batch, n, flat_x)
+    flat_b = _weights("b", b, batch, m, flat_x)
+    if a is not None or b is not None:
+        _check_masses(flat_a, flat_b, x.dtype, balanced=tau_a is None and tau_b is None)
+    run = {"reference": reference.sinkhorn_points}[name]
+    f, g, value, used, error = run(flat_x, flat_y, flat_a, flat_b, eps, n_iters, tol, tau_a, tau_b, metric)
+    return PointTransport(
+        value.view(batch),
+        f.to(dtype).view(*batch, n),
+        g.to(dtype).view(*batch, m),
+        used.view(batch),
+        error.view(batch),
+        (flat_x, flat_y, flat_a, flat_b, f, g, eps, metric),
+    )
+
+
+def _check_options(eps: float, n_iters: int, tol: float | None, tau_a: float | None, tau_b: float | None) -> None:
+    check_positive("eps", eps)
+    check_int("n_iters", n_iters, 1)
+    for name, value in (("tol", tol), ("tau_a", tau_a), ("tau_b", tau_b)):
+        if value is not None:
+            check_positive(name, value)
+
+
+def _weights(name: str, weights: Tensor | None, batch: list[int], size: int, like: Tensor) -> Tensor:
+    """The weights as (B, size), in like's dtype."""
+    if weights is None:
+        return like.new_full((like.shape[0], size), 1 / size if size else 0.0)
+    check_shape(name, weights, (*batch, size), (size,))
+    return weights.to(like.dtype).expand(*batch, size).reshape(like.shape[0], size)
+
+
+def _check_masses(a: Tensor, b: Tensor, dtype: torch.dtype, balanced: bool) -> None:
+    """Raises where a weight is negative or balanced masses differ; looks at the data, so in eager mode on CPU only."""
+    if torch.compiler.is_compiling() or a.device.type != "cpu":
+        return
+    for name, weights in (("a", a), ("b", b)):
+        if (weights < 0).any():
+            raise ValueError(f"{name} has a weight of {weights.min().item():g}: expected none below 0")
+    if not balanced or not a.shape[-1] or not b.shape[-1]:
+        return
+    mass_a, mass_b = a.sum(-1, dtype=torch.float64), b.sum(-1, dtype=torch.float64)
+    tolerance = max(1e-5, 4 * torch.finfo(dtype).eps)
+    apart = (mass_a - mass_b).abs() > tolerance * torch.maximum(mass_a, mass_b)
+    if apart.any():
+        i = int(apart.nonzero()[0])
+        raise ValueError(
+            f"a sums to {mass_a[i].item():.7g} and b to {mass_b[i].item():.7g} (problem {i} of {len(a)}): "
+            "expected equal masses, or a marginal relaxed by tau_a or tau_b"
+        )
