@@ -192,8 +192,8 @@ def active_prototypes(groups: Tensor, active_groups: Tensor) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# sinkhorn: everything in the log domain and, whatever the input, in float64: at eps = 1e-4 of the largest cost a float32
-# potential is only good to 6e-4 eps, and the plan with it.
+# sinkhorn: everything in the log domain and, whatever the input, in float64: at eps = 1e-4 of the largest cost a
+# float32 potential is only good to 6e-4 eps, and the plan with it.
 
 Softmin = Callable[[Tensor], Tensor]
 _BLOCK = 1 << 20  # elements of the cost that sinkhorn_points holds at once
