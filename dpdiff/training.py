@@ -45,8 +45,8 @@ class Training(L.LightningModule):
         with torch.autocast(self.device.type, enabled=False):  # the targets stay float32
             tokens = self.model.tokenizer(maps)
         losses = self.model.losses(tokens)
-        self.log_dict({name: value.detach() for name, value in losses.items()}, prog_bar=False, batch_size=len(tokens))
-        self.log("loss", losses["loss"].detach(), prog_bar=True, logger=False, batch_size=len(tokens))
+        for name, value in losses.items():
+            self.log(name, value.detach(), prog_bar=name == "loss", batch_size=len(tokens))
         if (self.global_step + 1) % _REVIVAL_INTERVAL == 0:
             with torch.autocast(self.device.type, enabled=False):
                 self.model.revive(tokens)
