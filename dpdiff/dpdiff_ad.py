@@ -80,7 +80,7 @@ class DPDiffAD(nn.Module):
         timestep: int = 600,
         n_steps: int = 1,
         n_samples: int = 1,
-        local_weight: float = 0.1,
+        local_weight: float = 0.05,
         ot_weight: float = 0.1,
         local_loss_weight: float = 1.0,
         condition: bool = True,

@@ -69,7 +69,7 @@ def train(
     samples: Sequence[Sample],
     out: str | os.PathLike,
     *,
-    max_steps: int = 2_000,
+    max_steps: int = 1_200,
     batch_size: int = 16,
     lr: float = 1e-3,
     weight_decay: float = 1e-4,
