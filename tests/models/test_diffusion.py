@@ -47,6 +47,17 @@ def test_steps_are_those_of_diffusers(timestep, n_steps):
     torch.testing.assert_close(got, step.pred_original_sample, rtol=1e-4, atol=1e-5)
 
 
+def test_the_network_is_not_asked_below_the_least_timestep():
+    times = []
+
+    def predict(noisy, timesteps):
+        times.append(int(timesteps[0]))
+        return noisy
+
+    Diffusion().reconstruct(predict, torch.randn(2, 3), torch.randn(2, 3), 600, 4, min_timestep=300)
+    assert times == [600, 525, 450, 375]
+
+
 @pytest.mark.parametrize("n_steps", [1, 2, 7, 31])
 def test_a_perfect_network_sees_the_same_noise_at_every_step(n_steps):
     diffusion = Diffusion()

@@ -103,7 +103,8 @@ def test_images_of_another_type_shape_or_range_are_refused(model, given, error, 
         (dict(k=17), r"k is 17: expected at most n_local \(16\)"),
         (dict(dim=25), r"dim is 25: expected a multiple of num_heads \(2\)"),
         (dict(timestep=1000), r"timestep is 1000: expected 0 to n_timesteps - 1 \(999\)"),
-        (dict(n_steps=8, timestep=3), r"n_steps is 8: expected at most timestep \+ 1 \(4\)"),
+        (dict(timestep=250), r"min_timestep is 300: expected 0 to timestep \(250\)"),
+        (dict(n_steps=8, timestep=303), r"n_steps is 8: expected at most timestep - min_timestep \+ 1 \(4\)"),
         (dict(local_weight=1.5), r"local_weight is 1.5: expected 0 to 1"),
         (dict(temperature=0.0), r"temperature is 0.0"),
         (dict(backbone="resnet_eighteen"), r"backbone: timm knows no model 'resnet_eighteen'"),
@@ -157,7 +158,7 @@ def test_local_weight_blends_the_two_maps(tiny, images):
 
 def test_training_lowers_the_error_of_good_products_and_finds_painted_defects(tiny, images):
     torch.manual_seed(0)
-    model = prepared(tiny(n_local=24, dim=48, timestep=300), as_batch([striped(i) for i in range(48)]))
+    model = prepared(tiny(layers=[1, 2], stride=8, n_local=24, dim=48), as_batch([striped(i) for i in range(48)]))
     tokens = model.tokenize(as_batch([striped(i) for i in range(48)]))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
     history = []
@@ -179,8 +180,8 @@ def test_training_lowers_the_error_of_good_products_and_finds_painted_defects(ti
     good, bad = model.predict(as_batch(new)), model.predict(as_batch(list(damaged)))
     assert (bad.scores > good.scores).float().mean() >= 0.95
     assert roc_auc_score([0] * 24 + [1] * 24, torch.cat([good.scores, bad.scores])) > 0.95
-    masks = torch.from_numpy(np.stack(masks))
-    assert roc_auc_score(masks.flatten(), bad.maps.flatten()) > 0.9
+    per_image = [roc_auc_score(mask.flatten(), m.flatten()) for mask, m in zip(masks, bad.maps)]
+    assert np.mean(per_image) > 0.85, per_image
 
 
 def test_exports_to_one_graph(model, images):

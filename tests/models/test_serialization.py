@@ -17,7 +17,7 @@ from dpdiff.serialization import read_header
 @pytest.fixture
 def model(tiny):
     """With every weight and buffer away from its initial value."""
-    model = tiny(k=2, timestep=250, local_weight=0.4)
+    model = tiny(k=2, timestep=450, local_weight=0.4)
     generator = torch.Generator().manual_seed(1)
     for tensor in model.state_dict().values():
         if tensor.is_floating_point():

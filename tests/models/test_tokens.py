@@ -35,7 +35,7 @@ def vectors(features):
 
 
 def test_statistics_are_those_of_the_training_maps(backbone):
-    tokenizer = Tokenizer(backbone, 64, max_channels=10_000)
+    tokenizer = Tokenizer(backbone, 64, max_channels=10_000, neighbourhood=1)
     maps = random_maps(backbone)
     tokenizer.fit([[m[:5] for m in maps], [m[5:6] for m in maps], [m[6:] for m in maps]])  # batches of any size
     new = random_maps(backbone, n=3, seed=1)
@@ -47,7 +47,7 @@ def test_statistics_are_those_of_the_training_maps(backbone):
 
 def test_wide_layers_are_projected_on_principal_components(backbone):
     width = 8
-    tokenizer = Tokenizer(backbone, 64, max_channels=width)
+    tokenizer = Tokenizer(backbone, 64, max_channels=width, neighbourhood=1)
     assert tokenizer.widths == [width] * 3
     maps, new = random_maps(backbone), random_maps(backbone, n=3, seed=1)
     tokenizer.fit([maps])
@@ -61,7 +61,7 @@ def test_wide_layers_are_projected_on_principal_components(backbone):
 
 
 def test_split_gives_back_the_maps_on_their_own_grids(backbone):
-    tokenizer = Tokenizer(backbone, 64, max_channels=10_000)
+    tokenizer = Tokenizer(backbone, 64, max_channels=10_000, neighbourhood=1)
     maps = random_maps(backbone)  # not fitted: the statistics are the identity
     tokens = tokenizer(maps)
     assert tokenizer.grid == (4, 4)  # of the stride closest to 16
@@ -74,7 +74,7 @@ def test_split_gives_back_the_maps_on_their_own_grids(backbone):
 
 
 def test_a_token_holds_the_fine_vectors_that_it_covers(backbone):
-    tokenizer = Tokenizer(backbone, 64)
+    tokenizer = Tokenizer(backbone, 64, neighbourhood=1)
     maps = random_maps(backbone, n=1)
     before = tokenizer(maps)
     maps[0][0, :, 5, 2] += 1  # row 5, column 2 of the 8 x 8 grid lies in row 2, column 1 of the 4 x 4 grid
@@ -105,10 +105,28 @@ def test_stride_of_no_layer_is_refused(backbone):
         Tokenizer(backbone, 64, stride=4)
 
 
+@pytest.mark.parametrize("side", [3, 5])
+def test_neighbourhoods_are_averaged(backbone, side):
+    """Within the map: at its border over the neighbours that there are."""
+    tokenizer = Tokenizer(backbone, 64, max_channels=10_000, neighbourhood=side)
+    maps = random_maps(backbone, n=2)
+    fine = tokenizer.split(tokenizer(maps))[0]
+    reach = side // 2
+    for row, column in [(0, 0), (0, 4), (3, 3), (7, 1)]:
+        window = maps[0][:, :, max(0, row - reach) : row + reach + 1, max(0, column - reach) : column + reach + 1]
+        torch.testing.assert_close(fine[:, :, row, column], window.mean((2, 3)), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("side", [0, 2, -3])
+def test_neighbourhood_has_a_middle(backbone, side):
+    with pytest.raises(ValueError, match=f"neighbourhood is {side}: expected a positive odd number"):
+        Tokenizer(backbone, 64, neighbourhood=side)
+
+
 def test_transformer_layers_are_averaged_in_an_early_and_a_late_group():
     backbone = Backbone("test_vit", pretrained=False)
     assert len(backbone.layers) > 2
-    tokenizer = Tokenizer(backbone, 64, max_channels=10_000)
+    tokenizer = Tokenizer(backbone, 64, max_channels=10_000, neighbourhood=1)
     maps = backbone(torch.rand(2, 3, 64, 64))
     half = len(maps) // 2
     early, late = tokenizer.split(tokenizer(maps))
