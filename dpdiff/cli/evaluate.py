@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -59,7 +60,7 @@ def evaluate(
 
     dataset = AnomalyDataset(samples, detector.image_size, categories)
     results = evaluation.evaluate(detector, dataset, batch_size=batch_size, num_workers=workers)
-    Console().print(results.table())
+    Console(width=None if sys.stdout.isatty() else 120).print(results.table())  # a file has room for whole names
     if json is not None:
         results.save_json(json)
         print(f"Figures: {json}")

@@ -46,6 +46,9 @@ def train(
     ] = None,
     lr: Annotated[float | None, typer.Option(metavar="X", help="Highest learning rate.", **_TRAINING)] = None,
     seed: Annotated[int, typer.Option(metavar="N", min=0, help="Of all that is random.", **_TRAINING)] = 0,
+    checkpoint_interval: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Steps from one checkpoint to the next.", **_TRAINING)
+    ] = None,
     devices: Annotated[str, typer.Option(metavar="N", help="How many, or which ones: 0,1.", **_HARDWARE)] = "auto",
     accelerator: Annotated[str, typer.Option(metavar="NAME", help="cpu, gpu, ...", **_HARDWARE)] = "auto",
     precision: Annotated[str, typer.Option(metavar="NAME", help="bf16-mixed, 32-true, ...", **_HARDWARE)] = "auto",
@@ -71,6 +74,7 @@ def train(
     from dpdiff import training
 
     fit = {"max_steps": steps, "batch_size": batch_size, "lr": lr, "seed": seed}
+    fit |= {"checkpoint_interval": checkpoint_interval}
     fit |= {"devices": devices, "accelerator": accelerator, "precision": precision}
     fit = {name: value for name, value in fit.items() if value is not None}
     record = {"data": data if is_products(data) else os.path.abspath(data), "on_corrupt": on_corrupt, "model": model}

@@ -1,0 +1,93 @@
+"""`dpdiff evaluate`: the figures, and what it refuses."""
+
+import csv
+import json
+import shutil
+
+import pytest
+from PIL import Image
+from sklearn.metrics import roc_auc_score
+
+IMAGE = {"image_auroc", "image_ap", "image_f1max"}
+PIXEL = {"pixel_auroc", "pixel_ap", "pixel_f1max", "aupro"}
+
+
+def test_writes_table_figures_and_report(dpdiff, data, weights, tmp_path):
+    file, report = tmp_path / "deep" / "out.json", tmp_path / "report.html"
+    outcome = dpdiff("evaluate", "--data", data, "--weights", weights, "--json", file, "--report", report)
+    assert outcome.code == 0 and not outcome.err
+    for word in ("bolt", "cloth", "mean", "AUROC", "AUPRO"):
+        assert word in outcome.out
+
+    figures = json.loads(file.read_text())
+    assert set(figures) == {"mean", "categories"} and set(figures["categories"]) == {"bolt", "cloth"}
+    for category in (figures["mean"], *figures["categories"].values()):
+        assert set(category) == IMAGE | PIXEL
+        assert all(0 <= value <= 1 for value in category.values())
+    page = report.read_text()
+    assert "data:image/" in page and "mean" in page
+
+
+def test_the_figures_are_those_of_the_scores_that_predict_gives(dpdiff, data, weights, tmp_path):
+    dpdiff("evaluate", "--data", data, "--weights", weights, "--json", tmp_path / "out.json", "--batch-size", 5)
+    figures = json.loads((tmp_path / "out.json").read_text())
+    dpdiff("predict", data / "cloth" / "test", "--weights", weights, "--out", tmp_path / "out")
+    with open(tmp_path / "out" / "scores.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    labels = ["hole" in row["image"] for row in rows]
+    expected = roc_auc_score(labels, [float(row["score"]) for row in rows])
+    assert figures["categories"]["cloth"]["image_auroc"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_category_without_ground_truth_has_image_figures_only(dpdiff, make_data, weights, tmp_path):
+    data = make_data(tmp_path / "data")
+    shutil.rmtree(data / "cloth" / "ground_truth")
+    assert dpdiff("evaluate", "--data", data, "--weights", weights, "--json", tmp_path / "out.json").code == 0
+    figures = json.loads((tmp_path / "out.json").read_text())
+    assert set(figures["categories"]["cloth"]) == IMAGE
+    assert figures["mean"]["aupro"] == figures["categories"]["bolt"]["aupro"]
+
+
+def test_a_category_without_test_images_is_named(dpdiff, make_data, weights, tmp_path):
+    data = make_data(tmp_path / "data")
+    shutil.rmtree(data / "cloth" / "test")
+    outcome = dpdiff("evaluate", "--data", data, "--weights", weights, "--json", tmp_path / "out.json")
+    assert outcome.code == 0 and "left out: cloth" in outcome.out
+    assert set(json.loads((tmp_path / "out.json").read_text())["categories"]) == {"bolt"}
+
+
+class TestRefuses:
+    @pytest.fixture
+    def refused(self, dpdiff, make_data, weights, tmp_path):
+        def run(data=None, *options) -> str:
+            files = ("--json", tmp_path / "out.json", "--report", tmp_path / "report.html")
+            outcome = dpdiff("evaluate", "--data", data or tmp_path / "data", "--weights", weights, *files, *options)
+            assert outcome.code == 2
+            assert not [p for p in tmp_path.iterdir() if p.is_file()]
+            return outcome.error
+
+        make_data(tmp_path / "data")
+        return run
+
+    def test_mask_of_another_size(self, refused, tmp_path):
+        mask = tmp_path / "data/cloth/ground_truth/hole/001_mask.png"
+        Image.new("L", (60, 60)).save(mask)
+        assert str(mask) in refused() and "60 x 60" in refused()
+
+    def test_unreadable_image(self, refused, tmp_path):
+        image = tmp_path / "data/cloth/test/good/001.png"
+        image.write_bytes(b"no image")
+        assert str(image) in refused()
+
+    def test_missing_data(self, refused, tmp_path):
+        assert "nowhere does not exist" in refused(tmp_path / "nowhere")
+
+    def test_data_without_test_images(self, refused, tmp_path):
+        assert "no test image" in refused(tmp_path / "data/bolt/train")
+
+    def test_device(self, refused):
+        assert "--device is 'abacus'" in refused(None, "--device", "abacus")
+
+    def test_a_folder_in_the_place_of_a_file(self, refused, tmp_path):
+        (tmp_path / "folder").mkdir()
+        assert "is a folder" in refused(None, "--json", tmp_path / "folder")
