@@ -18,7 +18,7 @@ _ROUNDING = 1e-3  # by which resizing or half precision may take pixels out of [
 
 
 class Prediction(NamedTuple):
-    """scores (B,) float32, larger is more anomalous; maps (B, H, W) float32 anomaly maps, None where a model has none."""
+    """scores (B,) float32, larger is more anomalous; maps (B, H, W) float32, None where a model has none."""
 
     scores: Tensor
     maps: Tensor | None
@@ -33,7 +33,7 @@ class DPDiffAD(nn.Module):
     what is far from every local prototype, is anomalous. The abstract of "DPDiff-AD" fixes these parts; what it leaves
     open is chosen here.
 
-    Train with `dpdiff.training.train` (or the command `dpdiff train`), which calls `initialise`, `losses` and `calibrate`.
+    Train with `dpdiff.training.train` or the command `dpdiff train`, which call `initialise`, `losses` and `calibrate`.
 
     Args:
         backbone, layers, backbone_weights, pretrained: see `Backbone`.
@@ -51,7 +51,7 @@ class DPDiffAD(nn.Module):
             over which the map is averaged.
         local_weight: share of the distance to the local prototypes in the anomaly map, from 0 to 1.
         ot_weight, local_loss_weight: of these losses beside the reconstruction's.
-        condition, prototype_attention: False leaves out the local condition, or the attention to both banks (ablations).
+        condition, prototype_attention: False leaves out the local condition, or the attention to both banks.
 
     Raises:
         ValueError: an argument out of its range; unknown backbone or weights that don't fit it.
@@ -221,29 +221,29 @@ class DPDiffAD(nn.Module):
 
 
 def _check_arguments(arguments: dict[str, Any]) -> None:
-    for name in ("image_size", "max_channels", "n_local", "n_global", "k", "dim", "depth", "num_heads", "n_steps", "n_samples"):
-        if not isinstance(arguments[name], int) or arguments[name] < 1:
-            raise ValueError(f"{name} is {arguments[name]!r}: expected a positive int")
-    if arguments["dim"] % arguments["num_heads"]:
-        raise ValueError(f"dim is {arguments['dim']}: expected a multiple of num_heads ({arguments['num_heads']})")
-    if arguments["k"] > arguments["n_local"]:
-        raise ValueError(f"k is {arguments['k']}: expected at most n_local ({arguments['n_local']})")
-    if not arguments["temperature"] > 0:
-        raise ValueError(f"temperature is {arguments['temperature']}: expected a positive number")
-    if not 0 <= arguments["timestep"] < arguments["n_timesteps"]:
-        raise ValueError(f"timestep is {arguments['timestep']}: expected 0 to n_timesteps - 1 ({arguments['n_timesteps'] - 1})")
-    if not 0 <= arguments["min_timestep"] <= arguments["timestep"]:
-        raise ValueError(f"min_timestep is {arguments['min_timestep']}: expected 0 to timestep ({arguments['timestep']})")
-    most = arguments["timestep"] - arguments["min_timestep"] + 1
-    if arguments["n_steps"] > most:
-        raise ValueError(f"n_steps is {arguments['n_steps']}: expected at most timestep - min_timestep + 1 ({most})")
-    if not 0 <= arguments["local_weight"] <= 1:
-        raise ValueError(f"local_weight is {arguments['local_weight']}: expected 0 to 1")
+    def expect(name: str, fits: bool, expected: str) -> None:
+        if not fits:
+            raise ValueError(f"{name} is {arguments[name]!r}: expected {expected}")
+
+    sizes = ("image_size", "max_channels", "n_local", "n_global", "k", "dim", "depth", "num_heads", "n_steps")
+    for name in (*sizes, "n_samples", "n_timesteps"):
+        expect(name, isinstance(arguments[name], int) and arguments[name] >= 1, "a positive int")
+    n_local, num_heads = arguments["n_local"], arguments["num_heads"]
+    expect("dim", arguments["dim"] % num_heads == 0, f"a multiple of num_heads ({num_heads})")
+    expect("k", arguments["k"] <= n_local, f"at most n_local ({n_local})")
+    expect("temperature", arguments["temperature"] > 0, "a positive number")
+    last, timestep, least = arguments["n_timesteps"] - 1, arguments["timestep"], arguments["min_timestep"]
+    expect("timestep", 0 <= timestep <= last, f"0 to n_timesteps - 1 ({last})")
+    expect("min_timestep", 0 <= least <= timestep, f"0 to timestep ({timestep})")
+    most = timestep - least + 1
+    expect("n_steps", arguments["n_steps"] <= most, f"at most timestep - min_timestep + 1 ({most})")
+    expect("local_weight", 0 <= arguments["local_weight"] <= 1, "0 to 1")
 
 
 def _check_images(images: Tensor) -> None:
     if not isinstance(images, Tensor) or not images.is_floating_point():
-        raise TypeError(f"images is {getattr(images, 'dtype', type(images).__name__)}: expected a float tensor in [0, 1]")
+        given = getattr(images, "dtype", type(images).__name__)
+        raise TypeError(f"images is {given}: expected a float tensor in [0, 1]")
     if images.dim() != 4 or images.shape[1] != 3:
         raise ValueError(f"images has shape {tuple(images.shape)}: expected (B, 3, H, W)")
     if images.numel() and not torch.compiler.is_compiling():

@@ -49,12 +49,14 @@ class LocalPrototypes(nn.Module):
 class GlobalPrototypes(nn.Module):
     """A bank (K, D) in the denoiser's embedding space, to which image descriptors and tokens are transported.
 
-    The optimal-transport cost draws what is embedded and the prototypes together; uniform marginals keep every prototype
+    The optimal-transport cost draws what is embedded and the prototypes together; uniform marginals keep every one
     in use; and the transport plan of one view serves as the target of another (swapped assignment, as in Caron et al.,
     "Unsupervised learning of visual features by contrasting cluster assignments", 2020).
     """
 
-    def __init__(self, n_prototypes: int, dim: int, eps: float = 0.05, n_iters: int = 20, temperature: float = 0.1) -> None:
+    def __init__(
+        self, n_prototypes: int, dim: int, eps: float = 0.05, n_iters: int = 20, temperature: float = 0.1
+    ) -> None:
         super().__init__()
         self.eps = eps
         self.n_iters = n_iters

@@ -1,4 +1,4 @@
-"""Models as safetensors files: weights, and in the file's metadata the class and its configuration. Nothing is unpickled."""
+"""Models as safetensors files: weights, and as metadata the class and its configuration. Nothing is unpickled."""
 
 import json
 import os
@@ -16,7 +16,7 @@ _KEY = "dpdiff"
 
 
 def save(model: nn.Module, path: str | os.PathLike) -> None:
-    """Writes a model's weights, backbone included, and its configuration to one safetensors file, whole or not at all."""
+    """Writes a model's weights, backbone included, and configuration to one safetensors file, whole or not at all."""
     header = {"model": type(model).__name__, "config": model.config, "version": _version()}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     with atomic_write(path) as tmp:
@@ -38,7 +38,7 @@ def load(path: str | os.PathLike, device: torch.device | str = "cpu") -> nn.Modu
     if header.get("model") not in classes:
         raise ValueError(f"weights file {path} holds a {header.get('model')!r}: expected one of {', '.join(classes)}")
     with safe_open(path, framework="pt", device=str(device)) as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
     try:
         model = classes[header["model"]](**header["config"])
         model.load_state_dict(tensors)

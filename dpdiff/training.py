@@ -151,7 +151,7 @@ def train(
             trainer.fit(training, loader, ckpt_path=checkpoint if resumed else None, weights_only=True)
         except RuntimeError as error:
             if resumed and "state_dict" in str(error):
-                raise ValueError(f"{checkpoint} is of another model: choose an empty folder, or don't resume") from error
+                raise ValueError(f"{checkpoint} is of another model: give another folder, or don't resume") from error
             raise
     if trainer.interrupted:
         raise KeyboardInterrupt

@@ -167,11 +167,11 @@ def show_config() -> str:
         "dpdiff": dpdiff_version,
         "python": f"{platform.python_version()} on {platform.platform()}",
         "torch": f"{torch.__version__} (CUDA {torch.version.cuda or 'none'}, HIP {torch.version.hip or 'none'})",
-        "processor": f"{_processor()}, {torch.get_num_threads()} threads, torch uses {torch.backends.cpu.get_cpu_capability()}",
+        "processor": f"{_processor()}, {torch.get_num_threads()} threads",
     }
     for i in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(i)
-        rows[f"cuda:{i}"] = f"{properties.name}, sm_{properties.major}{properties.minor}, {properties.total_memory >> 20} MiB"
+        device = torch.cuda.get_device_properties(i)
+        rows[f"cuda:{i}"] = f"{device.name}, sm_{device.major}{device.minor}, {device.total_memory >> 20} MiB"
     for name, backend in backends().items():
         rows[f"backend {name}"] = f"{'yes' if backend else 'no '} ({backend.reason})"
     rows["DPDIFF_BACKEND"] = os.environ.get("DPDIFF_BACKEND", "auto (not set)")

@@ -51,7 +51,11 @@ def check_positive(name: str, value: float) -> None:
 
 
 def check_groups(
-    groups: Tensor | None, active_groups: Tensor | None, n_prototypes: int, batch_shape: tuple[int, ...], device: torch.device
+    groups: Tensor | None,
+    active_groups: Tensor | None,
+    n_prototypes: int,
+    batch_shape: tuple[int, ...],
+    device: torch.device,
 ) -> None:
     """groups (K,) and active_groups (*batch_shape, G) come together, both int64 and on the operands' device."""
     if (groups is None) != (active_groups is None):
