@@ -12,6 +12,7 @@ neighbour is the anomaly map; the image's score is that of its furthest patch, r
 import argparse
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import faiss
 import numpy as np
@@ -24,8 +25,8 @@ from torch.utils.data import DataLoader
 
 from dpdiff import Prediction
 from dpdiff.backbones import DEFAULT_BACKBONE, Backbone
-from dpdiff.data import AnomalyDataset, Sample, check, scan
-from dpdiff.data.products import Products
+from dpdiff.cli.inputs import read_catalogue
+from dpdiff.data import AnomalyDataset, Sample, check
 from dpdiff.evaluation import Results, evaluate
 
 from torchvision.transforms.v2.functional import gaussian_blur  # isort: skip  (dpdiff makes it importable)
@@ -74,13 +75,21 @@ def coreset(features: Tensor, share: float, seed: int = 0) -> Tensor:
     return features[chosen]
 
 
-class PatchCore(nn.Module):
-    """Nearest-neighbour detector over a bank of patch features (M, D)."""
+@dataclass
+class Bank:
+    """A category's coreset (M, D), and some of its patches (S, D) to try a search with."""
 
-    def __init__(self, features: PatchFeatures, bank: Tensor):
+    coreset: Tensor
+    samples: Tensor
+
+
+class PatchCore(nn.Module):
+    """Nearest-neighbour detector over a bank."""
+
+    def __init__(self, features: PatchFeatures, bank: Bank):
         super().__init__()
-        self.features, self.bank = features, bank.numpy()
-        self.index = _index(self.bank)
+        self.features, self.bank = features, bank.coreset.numpy()
+        self.index = _index(self.bank, bank.samples.numpy())
 
     def predict(self, images: Tensor) -> Prediction:
         patches = self.features(images)
@@ -108,8 +117,8 @@ class PatchCore(nn.Module):
         return (1 - (largest - beside.logsumexp(1)).exp()) * largest
 
 
-def _index(bank: np.ndarray) -> faiss.Index:
-    """Exact search in a small bank; in a large one, as many of its clusters as the wanted recall takes."""
+def _index(bank: np.ndarray, queries: np.ndarray) -> faiss.Index:
+    """Exact search in a small bank; in a large one, as many of its clusters as it takes to find what queries would."""
     exact = faiss.IndexFlatL2(bank.shape[1])
     exact.add(bank)
     if len(bank) <= EXACT:
@@ -117,48 +126,48 @@ def _index(bank: np.ndarray) -> faiss.Index:
     index = faiss.IndexIVFFlat(faiss.IndexFlatL2(bank.shape[1]), bank.shape[1], 4 * round(len(bank) ** 0.5))
     index.train(bank)
     index.add(bank)
-    rng = np.random.default_rng(0)
-    queries = rng.choice(bank, 1000, replace=False)
-    queries = queries + rng.normal(scale=bank.std(0) * 0.3, size=queries.shape).astype(np.float32)
-    wanted = exact.search(queries, 1)[1]
-    index.nprobe = 8
-    while index.nprobe < index.nlist and (index.search(queries, 1)[1] == wanted).mean() < RECALL:
+    nearest = exact.search(queries, 1)[1]
+    while (index.search(queries, 1)[1] == nearest).mean() < RECALL and index.nprobe < index.nlist:
         index.nprobe *= 2
     return index
 
 
-def run(
-    train: Sequence[Sample],
-    test: Sequence[Sample],
-    categories: Sequence[str],
-    mode: str,
-    image_size: int = 256,
-    share: float = 0.1,
-    backbone: Backbone | None = None,
-) -> Results:
-    """Build the banks and evaluate them."""
-    features = PatchFeatures(backbone or Backbone())
+def build_banks(
+    features: PatchFeatures, train: Sequence[Sample], categories: Sequence[str], image_size: int, share: float = 0.1
+) -> dict[str, Bank]:
     banks = {}
     for category in track(categories, description="Building banks", console=Console(stderr=True)):
         samples = [sample for sample in train if sample.category == category]
         loader = DataLoader(AnomalyDataset(samples, image_size), batch_size=16)
         patches = torch.cat([features(batch["image"]).flatten(0, 2) for batch in loader])
-        banks[category] = coreset(patches, share)
-    if mode == "unified":
-        model = PatchCore(features, torch.cat(list(banks.values())))
-        return evaluate(model, AnomalyDataset(test, image_size, categories))
+        few = torch.randperm(len(patches), generator=torch.Generator().manual_seed(0))[:100]
+        banks[category] = Bank(coreset(patches, share), patches[few])
+    return banks
+
+
+def evaluate_unified(
+    features: PatchFeatures, banks: dict[str, Bank], test: Sequence[Sample], image_size: int
+) -> Results:
+    """One bank for all categories."""
+    bank = Bank(*(torch.cat([getattr(b, part) for b in banks.values()]) for part in ("coreset", "samples")))
+    return evaluate(PatchCore(features, bank), AnomalyDataset(test, image_size, list(banks)))
+
+
+def evaluate_separate(
+    features: PatchFeatures, banks: dict[str, Bank], test: Sequence[Sample], image_size: int
+) -> Results:
+    """Each category by its own bank."""
     parts = []
     for category, bank in banks.items():
         samples = [sample for sample in test if sample.category == category]
-        parts.append(evaluate(PatchCore(features, bank), AnomalyDataset(samples, image_size), progress=False))
+        if samples:
+            parts.append(evaluate(PatchCore(features, bank), AnomalyDataset(samples, image_size)))
     return Results({k: v for part in parts for k, v in part.categories.items()}, sum(part.seconds for part in parts))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--data", metavar="FOLDER", help="data set in any layout that dpdiff reads")
-    source.add_argument("--products", metavar="N", type=int, help="the embedded set with N categories")
+    parser.add_argument("--data", metavar="FOLDER", required=True, help="as for dpdiff train; products:N too")
     parser.add_argument("--mode", choices=("unified", "separate"), default="unified")
     parser.add_argument("--json", metavar="FILE", help="write the figures, laid out as by dpdiff evaluate")
     parser.add_argument("--backbone", default=DEFAULT_BACKBONE, help="a timm model (default: %(default)s)")
@@ -170,14 +179,17 @@ def main() -> None:
         parser.error(f"--coreset must be in (0, 1], got {args.coreset}")
     start = time.perf_counter()
     try:
-        found = scan(args.data if args.data else Products(args.products).root, need="train")
+        found = read_catalogue(args.data, need="train")
         check(found.train + found.test)
         backbone = Backbone(args.backbone, args.layers)
     except (OSError, ValueError) as error:
         parser.error(str(error))
     if not found.test:
         parser.error(f"{args.data} has no test images")
-    results = run(found.train, found.test, found.categories, args.mode, args.image_size, args.coreset, backbone)
+    features = PatchFeatures(backbone)
+    banks = build_banks(features, found.train, found.categories, args.image_size, args.coreset)
+    evaluate_banks = evaluate_unified if args.mode == "unified" else evaluate_separate
+    results = evaluate_banks(features, banks, found.test, args.image_size)
     console = Console()
     console.print(f"{args.mode} k-NN, {args.backbone}, layers {backbone.layers}, {args.image_size} pixels")
     console.print(results.table())

@@ -42,7 +42,7 @@ class Products:
 
     Attributes: ``root``, the folder that holds exactly these categories; ``categories``, their names.
 
-    A category takes a processor core about a second and 2.5 MB; an interrupted run goes on where it stopped.
+    A category takes a processor core about a second and 3 MB of disk; an interrupted run goes on where it stopped.
 
     Raises ValueError for a number out of range, and OSError where the folder can't be written.
     """
