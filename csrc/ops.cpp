@@ -36,13 +36,13 @@ STABLE_TORCH_LIBRARY(dpdiff, m) {
       " Tensor out, Tensor reference, Tensor total, Tensor difference)"
       " -> (Tensor grad_query, Tensor grad_local_key, Tensor grad_local_value, Tensor grad_global_key,"
       " Tensor grad_global_value, Tensor grad_gate)");
-  // cost (B, N, M) float32; a (B, N), b (B, M) float32
+  // cost (B, N, M), a (B, N), b (B, M), all float32 as the outputs; without return_plan, plan is (0, N, M).
   m.def(
-      "sinkhorn(Tensor cost, Tensor a, Tensor b, float eps, int n_iters, float? tol, float? tau_a, float? tau_b)"
-      " -> (Tensor f, Tensor g, Tensor n_iters, Tensor error)");
-  // x (B, N, D), y (B, M, D) float32
+      "sinkhorn(Tensor cost, Tensor a, Tensor b, float eps, int n_iters, float? tol, float? tau_a, float? tau_b,"
+      " bool return_plan) -> (Tensor plan, Tensor f, Tensor g, Tensor cost, Tensor value, Tensor n_iters, Tensor error)");
+  // x (B, N, D), y (B, M, D), a (B, N), b (B, M), all float32; the potentials f (B, N) and g (B, M) in float64
   m.def(
-      "sinkhorn_points(Tensor x, Tensor y, Tensor a, Tensor b, float eps, int n_iters, float? tol, str metric)"
-      " -> (Tensor f, Tensor g, Tensor n_iters, Tensor error)");
+      "sinkhorn_points(Tensor x, Tensor y, Tensor a, Tensor b, float eps, int n_iters, float? tol, float? tau_a,"
+      " float? tau_b, str metric) -> (Tensor f, Tensor g, Tensor value, Tensor n_iters, Tensor error)");
   m.def("cpu_capability() -> str");
 }

@@ -404,6 +404,23 @@ def _marginal_gradient(potential: Tensor, other_mass: Tensor, eps: float, tau: f
     return _conjugate(potential, tau) + eps * (other_mass.unsqueeze(-1) - relative)
 
 
+def envelope_gradients(
+    grad: Tensor,
+    a: Tensor,
+    b: Tensor,
+    f: Tensor,
+    g: Tensor,
+    plan: Tensor,
+    eps: float,
+    tau_a: float | None,
+    tau_b: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of cost, a and b for that of the dual objective (B,), which takes the potentials as optimal."""
+    grad_a = grad[:, None] * _marginal_gradient(f, b.sum(-1), eps, tau_a)
+    grad_b = grad[:, None] * _marginal_gradient(g, a.sum(-1), eps, tau_b)
+    return grad[:, None, None] * plan, grad_a, grad_b
+
+
 class _Envelope(torch.autograd.Function):
     """The dual objective, whose gradient takes the potentials as optimal. Differentiable twice: the gradients are made
     of plan, f and g, and these depend on the inputs through the iterations."""
@@ -416,11 +433,7 @@ class _Envelope(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        a, b, f, g, plan = ctx.saved_tensors
-        eps, tau_a, tau_b = ctx.options
-        grad_a = grad[:, None] * _marginal_gradient(f, b.sum(-1), eps, tau_a)
-        grad_b = grad[:, None] * _marginal_gradient(g, a.sum(-1), eps, tau_b)
-        return grad[:, None, None] * plan, grad_a, grad_b, None, None, None, None, None, None
+        return *envelope_gradients(grad, *ctx.saved_tensors, *ctx.options), None, None, None, None, None, None
 
 
 class _PointsEnvelope(torch.autograd.Function):

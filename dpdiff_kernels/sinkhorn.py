@@ -5,9 +5,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from dpdiff_kernels import reference
-from dpdiff_kernels.backends import select
+from dpdiff_kernels.backends import backends, select
 from dpdiff_kernels.checks import (
     check_choice,
     check_floats,
@@ -60,6 +61,9 @@ class PointTransport(NamedTuple):
         return reference.sinkhorn_points_apply(x, y, a, b, f, g, flat, eps, metric).view(*batch, n, v.shape[-1])
 
 
+_BACKENDS = ("cpp", "reference")
+
+
 def sinkhorn(
     cost: Tensor,
     a: Tensor | None = None,
@@ -101,7 +105,7 @@ def sinkhorn(
         tau_a: relaxes the row marginal, in units of cost. None: balanced.
         tau_b: relaxes the column marginal.
         return_plan: False leaves `plan` None (and its memory unused, unless a gradient needs it).
-        backend: see `dpdiff_kernels.use_backend`.
+        backend: see `dpdiff_kernels.use_backend`. Compiled code that needs gradients runs on the reference.
 
     Returns:
         plan: (..., N, M).
@@ -145,7 +149,7 @@ def sinkhorn(
     if cost.dim() < 2:
         raise ValueError(f"cost has shape {tuple(cost.shape)}: expected (..., N, M)")
     _check_options(eps, n_iters, tol, tau_a, tau_b)
-    name = select(backend, ("reference",), cost)
+    select(backend, _BACKENDS, cost)
 
     *batch, n, m = cost.shape
     size = math.prod(batch)
@@ -155,8 +159,11 @@ def sinkhorn(
     flat_b = _weights("b", b, batch, m, flat_cost)
     if a is not None or b is not None:
         _check_masses(flat_a, flat_b, cost.dtype, balanced=tau_a is None and tau_b is None)
-    run = {"reference": reference.sinkhorn}[name]
-    plan, f, g, *scalars = run(flat_cost, flat_a, flat_b, eps, n_iters, tol, tau_a, tau_b)
+    if _runs_natively(backend, flat_cost, flat_a, flat_b):
+        keep = return_plan or _needs_gradient(flat_cost, flat_a, flat_b)
+        plan, f, g, *scalars = _Native.apply(flat_cost, flat_a, flat_b, eps, n_iters, tol, tau_a, tau_b, keep)
+    else:
+        plan, f, g, *scalars = reference.sinkhorn(flat_cost, flat_a, flat_b, eps, n_iters, tol, tau_a, tau_b)
     return Transport(
         plan.view(*batch, n, m) if return_plan else None,
         f.view(*batch, n),
@@ -210,7 +217,7 @@ def sinkhorn_points(
         raise ValueError(f"y has shape {tuple(y.shape)}: expected {(*x.shape[:-2], 'M', x.shape[-1])}, to go with x")
     check_choice("metric", metric, ("l2", "cosine"))
     _check_options(eps, n_iters, tol, tau_a, tau_b)
-    name = select(backend, ("reference",), x)
+    select(backend, _BACKENDS, x)
 
     *batch, n, d = x.shape
     m, size = y.shape[-2], math.prod(batch)
@@ -220,7 +227,8 @@ def sinkhorn_points(
     flat_b = _weights("b", b, batch, m, flat_x)
     if a is not None or b is not None:
         _check_masses(flat_a, flat_b, x.dtype, balanced=tau_a is None and tau_b is None)
-    run = {"reference": reference.sinkhorn_points}[name]
+    native = _runs_natively(backend, flat_x, flat_y, flat_a, flat_b)
+    run = _NativePoints.apply if native else reference.sinkhorn_points
     f, g, value, used, error = run(flat_x, flat_y, flat_a, flat_b, eps, n_iters, tol, tau_a, tau_b, metric)
     return PointTransport(
         value.view(batch),
@@ -266,3 +274,91 @@ def _check_masses(a: Tensor, b: Tensor, dtype: torch.dtype, balanced: bool) -> N
             f"a sums to {mass_a[i].item():.7g} and b to {mass_b[i].item():.7g} (problem {i} of {len(a)}): "
             "expected equal masses, or a marginal relaxed by tau_a or tau_b"
         )
+
+
+# The native library. Its backward passes take the envelope's gradient from what the forward pass found, and replay the
+# iterations on the reference for gradients through anything but the value.
+
+
+def _runs_natively(backend: str | None, *tensors: Tensor) -> bool:
+    """Whether the native library solves these problems: not the empty ones, nor where a compiler would have to see
+    through the replay of the backward pass."""
+    if select(backend, _BACKENDS, *tensors) == "reference" or not all(t.numel() for t in tensors):
+        return False
+    return not (torch.compiler.is_compiling() and _needs_gradient(*tensors))
+
+
+def _needs_gradient(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
+class _Native(torch.autograd.Function):
+    """torch.ops.dpdiff.sinkhorn with gradients."""
+
+    @staticmethod
+    def forward(ctx, cost, a, b, *options):
+        outputs = torch.ops.dpdiff.sinkhorn(cost, a, b, *options)
+        plan, f, g, _, _, used, error = outputs
+        ctx.save_for_backward(cost, a, b, plan, f, g)
+        ctx.options = options
+        ctx.mark_non_differentiable(used, error)
+        ctx.set_materialize_grads(False)
+        return outputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):
+        cost, a, b, plan, f, g = ctx.saved_tensors
+        eps, n_iters, tol, tau_a, tau_b, _ = ctx.options
+        if all(grads[i] is None for i in (0, 1, 2, 3)):
+            found = reference.envelope_gradients(grads[4], a, b, f, g, plan, eps, tau_a, tau_b)
+        else:
+            found = _replay(reference.sinkhorn, (cost, a, b), (eps, n_iters, tol, tau_a, tau_b), grads[:5])
+        return *found, *[None] * len(ctx.options)
+
+
+class _NativePoints(torch.autograd.Function):
+    """torch.ops.dpdiff.sinkhorn_points with gradients."""
+
+    @staticmethod
+    def forward(ctx, x, y, a, b, *options):
+        outputs = torch.ops.dpdiff.sinkhorn_points(x, y, a, b, *options)
+        ctx.save_for_backward(x, y, a, b)
+        ctx.options = options
+        ctx.mark_non_differentiable(*outputs[3:])
+        ctx.set_materialize_grads(False)
+        return outputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):
+        found = _replay(reference.sinkhorn_points, ctx.saved_tensors, ctx.options, grads[:3])
+        return *found, *[None] * len(ctx.options)
+
+
+def _replay(run, inputs: tuple[Tensor, ...], options: tuple, grads: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
+    """The gradients of the reference's outputs that have one in `grads`, for all inputs."""
+    with torch.enable_grad():
+        inputs = [x.detach().requires_grad_() for x in inputs]
+        outputs = [(out, grad) for out, grad in zip(run(*inputs, *options), grads) if grad is not None]
+        found, wanted = zip(*outputs)
+        return torch.autograd.grad(found, inputs, wanted, allow_unused=True)
+
+
+def _register() -> None:
+    @torch.library.register_fake("dpdiff::sinkhorn")
+    def _(cost, a, b, eps, n_iters, tol, tau_a, tau_b, return_plan):
+        size, n, m = cost.shape
+        plan = cost.new_empty(size if return_plan else 0, n, m)
+        f, g, scalars = cost.new_empty(size, n), cost.new_empty(size, m), [cost.new_empty(size) for _ in range(3)]
+        return plan, f, g, *scalars[:2], cost.new_empty(size, dtype=torch.int64), scalars[2]
+
+    @torch.library.register_fake("dpdiff::sinkhorn_points")
+    def _(x, y, a, b, eps, n_iters, tol, tau_a, tau_b, metric):
+        size, double = x.shape[0], torch.float64
+        f, g = x.new_empty(size, x.shape[1], dtype=double), x.new_empty(size, y.shape[1], dtype=double)
+        return f, g, x.new_empty(size), x.new_empty(size, dtype=torch.int64), x.new_empty(size)
+
+
+if backends()["cpp"]:
+    _register()

@@ -1,0 +1,109 @@
+// What sinkhorn.cpp and the kernels of each instruction set agree on.
+#pragma once
+
+#include <stdint.h>
+#include <stdlib.h>
+
+#include <algorithm>
+#include <atomic>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include <torch/csrc/stable/ops.h>
+
+namespace dpdiff {
+
+struct SinkhornOptions {
+  double eps;
+  int64_t n_iters;
+  double tol;           // 0: none
+  double tau_a, tau_b;  // infinity: balanced
+};
+
+// One problem: weights (n,) and (m,), and where its results go. Its cost is the kernels' other argument.
+struct SinkhornProblem {
+  int64_t n, m;
+  const float *a, *b;
+  float* plan;              // (n, m), or null
+  float *f, *g;             // (n,), (m,), or null
+  double *f_wide, *g_wide;  // the same in float64, or null
+  float *cost, *value, *error;
+  int64_t* n_iters;
+};
+
+enum class SinkhornMetric { l2, cosine };
+
+// Memory that problems of one thread use one after the other.
+class Arena {
+ public:
+  void reset() {
+    if (blocks_.size() > 1) {
+      const size_t total = total_;
+      blocks_.clear();
+      total_ = 0;
+      grow(total);
+    }
+    used_ = 0;
+  }
+
+  template <typename T>
+  T* take(int64_t count) {
+    const size_t bytes = (size_t(count) * sizeof(T) + 63) / 64 * 64;
+    if (blocks_.empty() || used_ + bytes > size_) grow(bytes);
+    T* taken = reinterpret_cast<T*>(blocks_.back().get() + used_);
+    used_ += bytes;
+    return taken;
+  }
+
+ private:
+  struct Free {
+    void operator()(char* memory) const { free(memory); }
+  };
+
+  void grow(size_t bytes) {
+    bytes = std::max<size_t>(bytes, 1 << 14);
+    char* memory = static_cast<char*>(aligned_alloc(64, bytes));
+    if (memory == nullptr) throw std::bad_alloc();
+    blocks_.emplace_back(memory);
+    size_ = bytes;
+    total_ += bytes;
+    used_ = 0;
+  }
+
+  std::vector<std::unique_ptr<char, Free>> blocks_;
+  size_t size_ = 0, used_ = 0, total_ = 0;
+};
+
+// Calls work(first, last) on ranges of [0, n), in parallel where asked for.
+template <class Work>
+void for_ranges(bool parallel, int64_t n, const Work& work) {
+  if (parallel && n > 1) {
+    torch::stable::parallel_for(0, n, 1, work);
+  } else {
+    work(int64_t(0), n);
+  }
+}
+
+// Calls solve(problem, arena, parallel) for each problem. Many problems: a thread each, the next one to whoever is done,
+// since they stop at iterations of their own. Few large ones: one after the other, all threads on each.
+template <class Solve>
+void for_problems(int64_t n_problems, int64_t pairs, const Solve& solve) {
+  const int64_t threads = torch::stable::get_num_threads();
+  if (pairs >= int64_t(1) << 18 && n_problems < 4 * threads) {
+    Arena arena;
+    for (int64_t i = 0; i < n_problems; ++i) solve(i, arena, true);
+    return;
+  }
+  // A thread is worth starting for 2^16 pairs.
+  const int64_t useful = std::min(n_problems, n_problems * pairs / (int64_t(1) << 14) + 1);
+  std::atomic<int64_t> next{0};
+  for_ranges(true, std::min(threads, useful), [&](int64_t first, int64_t last) {
+    for (; first < last; ++first) {
+      Arena arena;
+      for (int64_t i = next++; i < n_problems; i = next++) solve(i, arena, false);
+    }
+  });
+}
+
+}  // namespace dpdiff

@@ -1,0 +1,122 @@
+// Tiles of kWidth rows by kWidth columns: where the cost comes from, and what the iterations do with a tile. A block is
+// all tiles of kWidth rows, in the order of its columns, row after row within a tile.
+
+typedef double vdouble __attribute__((vector_size(4 * DPDIFF_WIDTH)));          // kWidth / 2 lanes
+typedef float vhalf_float __attribute__((vector_size(2 * DPDIFF_WIDTH)));  // kWidth / 2 lanes
+typedef vfloat Tile[kWidth];
+
+constexpr double kLog2e = 1.4426950408889634;
+constexpr double kLn2 = 0.6931471805599453;
+constexpr float kTiny = 0x1p-126f;
+
+DPDIFF_INLINE int64_t tiles_of(int64_t count) { return (count + kWidth - 1) / kWidth; }
+
+DPDIFF_INLINE vdouble load(const double* p) {
+  vdouble v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+DPDIFF_INLINE void store(double* p, vdouble v) { memcpy(p, &v, sizeof v); }
+
+DPDIFF_INLINE vdouble widen_low(vfloat v) {
+  vhalf_float half;
+  memcpy(&half, &v, sizeof half);
+  return __builtin_convertvector(half, vdouble);
+}
+DPDIFF_INLINE vdouble widen_high(vfloat v) {
+  vhalf_float half;
+  memcpy(&half, reinterpret_cast<const char*>(&v) + sizeof half, sizeof half);
+  return __builtin_convertvector(half, vdouble);
+}
+DPDIFF_INLINE vfloat narrow(vdouble low, vdouble high) {
+  const vhalf_float halves[2] = {__builtin_convertvector(low, vhalf_float), __builtin_convertvector(high, vhalf_float)};
+  vfloat v;
+  memcpy(&v, halves, sizeof v);
+  return v;
+}
+
+// (f + g_j - cost_j) * scale: the difference in float64, for it is small where it matters and its parts are not.
+DPDIFF_INLINE vfloat exponent(double f, const double* g, vfloat cost, double scale) {
+  return narrow((f + load(g) - widen_low(cost)) * scale, (f + load(g + kWidth / 2) - widen_high(cost)) * scale);
+}
+
+// 2^x without subnormals and infinities, which 0 times would not be 0.
+DPDIFF_INLINE vfloat bounded_exp2(vfloat x) {
+  return select(x >= broadcast(-126.0f), exp2(minimum(x, broadcast(126.0f))), vfloat{});
+}
+
+// log2(x) = whole + part for normal x > 0, part in [-0.5, 0.5].
+DPDIFF_INLINE void split_log2(vfloat x, vfloat& whole, vfloat& part) {
+  const vint bits = (vint)x;
+  const vint power = (bits - 0x3f3504f3) >> 23;  // of two, such that what remains is in [sqrt(1/2), sqrt(2))
+  const vfloat rest = (vfloat)(bits - (power << 23));
+  const vfloat z = (rest - 1.0f) / (rest + 1.0f), z2 = z * z;  // log(rest) = 2 atanh(z)
+  vfloat p = broadcast(0.32059890f);
+  p = p * z2 + 0.41219858f;
+  p = p * z2 + 0.57707802f;
+  p = p * z2 + 0.96179670f;
+  p = p * z2 + 2.8853901f;
+  whole = __builtin_convertvector(power, vfloat);
+  part = p * z;
+}
+
+// x^-power for normal x > 0 and power in (0, 1].
+DPDIFF_INLINE vfloat inverse_power(vfloat x, float power) {
+  vfloat whole, part;
+  split_log2(x, whole, part);
+  const vfloat nearest = (whole * power + kRound) - kRound;
+  const vfloat rest = (whole * power - nearest) + part * power;
+  return scale_by_power_of_two(exp2(-rest), -__builtin_convertvector(nearest, vint));
+}
+
+struct Sum {
+  DPDIFF_INLINE vfloat operator()(vfloat a, vfloat b) const { return a + b; }
+};
+struct Minimum {
+  DPDIFF_INLINE vfloat operator()(vfloat a, vfloat b) const { return minimum(a, b); }
+};
+struct Maximum {
+  DPDIFF_INLINE vfloat operator()(vfloat a, vfloat b) const { return maximum(a, b); }
+};
+
+// Reduces each vector of a tile to one lane: lane r of the result is of rows[r]. Overwrites the tile.
+template <class Combine>
+DPDIFF_INLINE vfloat reduce_rows(Tile& rows, Combine combine) {
+#pragma GCC unroll 4
+  for (int half = kWidth / 2; half >= 1; half /= 2) {
+#pragma GCC unroll 8
+    for (int i = 0; i < half; ++i) {
+      rows[i] = combine(interleave_low(rows[i], rows[i + half]), interleave_high(rows[i], rows[i + half]));
+    }
+  }
+  return rows[0];
+}
+
+// A cost in memory. block(...).tile(j, c) loads the tile of columns j on; beyond the edges it is +inf.
+struct DenseCost {
+  static constexpr bool kStored = true;  // exp(-cost / eps) is worth keeping
+
+  const float* cost;
+  int64_t n, m;
+
+  struct Block {
+    const float* rows;
+    int64_t n_rows, m;
+
+    DPDIFF_INLINE void tile(int64_t j, Tile& c) const {
+      if (n_rows == kWidth && j + kWidth <= m) {
+#pragma GCC unroll 16
+        for (int r = 0; r < kWidth; ++r) c[r] = load(rows + r * m + j);
+        return;
+      }
+      const int64_t columns = std::min<int64_t>(kWidth, m - j);
+      for (int r = 0; r < kWidth; ++r) {
+        c[r] = broadcast(INFINITY);
+        if (r < n_rows) memcpy(&c[r], rows + r * m + j, columns * sizeof(float));
+      }
+    }
+  };
+
+  int64_t scratch_floats() const { return 0; }
+  Block block(int64_t i, float*) const { return {cost + i * m, std::min<int64_t>(kWidth, n - i), m}; }
+};
