@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as to_bytes
 from torch import nn
 
 from dpdiff._files import atomic_write
@@ -20,7 +20,7 @@ def save(model: nn.Module, path: str | os.PathLike) -> None:
     header = {"model": type(model).__name__, "config": model.config, "version": _version()}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     with atomic_write(path) as tmp:
-        save_file(tensors, tmp, metadata={_KEY: json.dumps(header)})
+        tmp.write_bytes(to_bytes(tensors, metadata={_KEY: json.dumps(header)}))
 
 
 def load(path: str | os.PathLike, device: torch.device | str = "cpu") -> nn.Module:
