@@ -154,11 +154,12 @@ def test_file_without_a_configuration(file):
 def test_a_failed_save_leaves_the_old_file_and_nothing_else(model, file, monkeypatch):
     before = file.read_bytes()
 
-    def disk_full(tensors, path, metadata):
-        path.write_bytes(b"part")
+    def disk_full(path, data):
+        with open(path, "wb") as part:
+            part.write(data[:100])
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("dpdiff.serialization.save_file", disk_full)
+    monkeypatch.setattr("pathlib.Path.write_bytes", disk_full)
     with pytest.raises(OSError, match="No space left"):
         dpdiff.save(model, file)
     assert file.read_bytes() == before
