@@ -87,8 +87,7 @@ def _explain(error: Exception) -> tuple[str, int]:
     """A message of one line and an exit code."""
     text = str(error).strip() or type(error).__name__
     if getattr(error, "errno", None) in _NO_SPACE or "No space left on device" in text:
-        where = f" while writing {error.filename}" if getattr(error, "filename", None) else ""
-        return f"the disk is full{where}: free some space and run the command again", FAILURE
+        return "the disk is full: free some space and run the command again", FAILURE
     if isinstance(error, OSError):
         if error.errno is None:  # raised by dpdiff itself
             return text, USER_ERROR

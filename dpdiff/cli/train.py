@@ -89,8 +89,9 @@ def train(
             return
 
     _check_hardware(accelerator, devices, precision)
+    samples = read_catalogue(data, need="train").train
     detector = cls(**options)
-    samples = usable(read_catalogue(data, need="train").train, on_corrupt)
+    samples = usable(samples, on_corrupt)
 
     out.mkdir(parents=True, exist_ok=True)
     if not resume:

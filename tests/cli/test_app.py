@@ -28,7 +28,7 @@ def test_without_arguments_it_prints_the_help(dpdiff):
     assert dpdiff().out == dpdiff("--help").out
 
 
-def test_the_module_runs_and_help_loads_nothing_heavy():
+def test_help_loads_nothing_heavy():
     """The commands' modules, that is; what `import dpdiff` itself loads is left out."""
     code = (
         "import importlib.util, sys, types\n"
