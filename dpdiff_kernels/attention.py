@@ -58,9 +58,9 @@ def prototype_attention(
     gate then has no gradient), and an empty global bank leaves it to the local one. A NaN in a query stays in its row;
     one in a key or value reaches every token that attends to that prototype.
 
-    Gradients reach query, banks and gate; those of a shared bank are summed over the batch, in an order that depends on
-    the shapes alone. On `cpp` they are recomputed block by block from two floats saved for each token, head and
-    softmax (with a gate, also the difference of the two answers), and can't be differentiated again.
+    Gradients reach query, banks and gate; those of a shared bank are summed over the batch, in an order that does not
+    depend on the number of threads. `cpp` recomputes scores from two floats saved for each token, head and softmax
+    (with a gate, the difference of the two answers is saved too), and can't be differentiated twice.
 
     Raises:
         TypeError, ValueError: wrong types, dtypes, shapes or devices; ValueError where a batch element has no prototype

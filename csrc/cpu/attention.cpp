@@ -68,23 +68,28 @@ Tensor floats(const Tensor& like, std::initializer_list<int64_t> sizes) {
 }
 float* float_data(const Tensor& tensor) { return static_cast<float*>(tensor.data_ptr()); }
 
-// Like the query, with tokens outside and heads inside in memory: the layout in which heads are joined again.
-Tensor empty_like_query(const Tensor& query) {
-  const auto sizes = query.sizes();
-  const Tensor tensor = torch::stable::new_empty(query, {sizes[0], sizes[2], sizes[1], sizes[3]});
+// Fresh memory, in huge pages where it is large: page faults, at 2 microseconds for 4 KiB, would take as long for an
+// answer as its attention to hundreds of prototypes.
+Tensor fresh(const Tensor& like, const std::vector<int64_t>& sizes) {
+  const Tensor tensor = torch::stable::new_empty(like, sizes);
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-  // Page faults on fresh memory, at 2 microseconds for 4 KiB, would take as long as hundreds of prototypes.
   constexpr uintptr_t kHugePage = 2 << 20;
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(tensor.data_ptr()) + kHugePage - 1) / kHugePage * kHugePage;
   const uintptr_t end = reinterpret_cast<uintptr_t>(tensor.data_ptr()) + tensor.numel() * tensor.element_size();
   if (end > begin + kHugePage) madvise(reinterpret_cast<void*>(begin), (end - begin) / kHugePage * kHugePage, MADV_HUGEPAGE);
 #endif
-  return torch::stable::transpose(tensor, 1, 2);
+  return tensor;
 }
 
-// For each image, the local prototypes of its active groups, group by group.
+// Like the query, with tokens outside and heads inside in memory: the layout in which heads are joined again.
+Tensor empty_like_query(const Tensor& query) {
+  const auto sizes = query.sizes();
+  return torch::stable::transpose(fresh(query, {sizes[0], sizes[2], sizes[1], sizes[3]}), 1, 2);
+}
+
+// For each image, the local prototypes of its active groups, group by group; and all that some image uses.
 struct Routes {
-  std::vector<int64_t> active, offsets;
+  std::vector<int64_t> active, offsets, used;
 
   Routes(const Tensor& groups, const Tensor& active_groups) {
     const int64_t* group = static_cast<const int64_t*>(groups.data_ptr());
@@ -108,6 +113,16 @@ struct Routes {
       }
       offsets.push_back(active.size());
     }
+    used = active;
+    std::sort(used.begin(), used.end());
+    used.erase(std::unique(used.begin(), used.end()), used.end());
+  }
+
+  // Where the active prototypes are among the used ones.
+  std::vector<int64_t> rows() const {
+    std::vector<int64_t> places;
+    for (const int64_t i : active) places.push_back(std::lower_bound(used.begin(), used.end(), i) - used.begin());
+    return places;
   }
 };
 
@@ -193,25 +208,27 @@ struct Free {
 // The gradients of a bank (both empty without one), and the parts that they are summed up in.
 struct BankGradients {
   Tensor key, value;
+  const std::vector<int64_t>* used;
   std::unique_ptr<float, Free> key_parts, value_parts;
 
-  BankGradients(const Tensor& query, const Bank& bank, AttentionBackward& problem, BankGradient& to)
-      : key(torch::stable::new_empty(query, {0})), value(torch::stable::new_empty(query, {0})) {
+  // used: of the bank's prototypes, those that have a gradient; null: all.
+  BankGradients(const Tensor& query, const Bank& bank, const std::vector<int64_t>* used, const AttentionBackward& problem,
+                BankGradient& to)
+      : key(torch::stable::new_empty(query, {0})), value(torch::stable::new_empty(query, {0})), used(used) {
     if (bank.count == 0) return;
-    const bool direct = bank.shared && problem.parts == 1 && problem.dtype == DType::float32;
-    // Zeros where a thread adds to it, and where it may leave out rows that no image is routed to.
-    const bool zeros = direct || (!bank.shared && problem.routed());
-    const auto make = [&] {
-      const std::vector<int64_t> sizes = {problem.batch, problem.heads, bank.count, problem.channels};
-      const torch::headeronly::IntHeaderOnlyArrayRef shape(sizes.data() + bank.shared, sizes.size() - bank.shared);
-      return zeros ? torch::stable::new_zeros(query, shape) : torch::stable::new_empty(query, shape);
-    };
-    key = make(), value = make();
+    const bool direct = bank.shared && problem.parts == 1 && used == nullptr && problem.dtype == DType::float32;
+    for (Tensor* gradient : {&key, &value}) {
+      std::vector<int64_t> sizes{problem.heads, bank.count, problem.channels};
+      if (!bank.shared) sizes.insert(sizes.begin(), problem.batch);
+      *gradient = fresh(query, sizes);
+      if (direct || used != nullptr) torch::stable::zero_(*gradient);
+    }
     to.key = rows_of(key), to.value = rows_of(value);
+    to.rows = used == nullptr ? bank.count : used->size();
     if (direct) {
       to.key_parts = float_data(key), to.value_parts = float_data(value);
     } else if (bank.shared) {
-      const size_t size = problem.heads * problem.parts * bank.count * problem.channels + 1;
+      const size_t size = problem.heads * problem.parts * to.rows * problem.channels + 1;
       key_parts.reset(static_cast<float*>(calloc(size, sizeof(float))));
       value_parts.reset(static_cast<float*>(calloc(size, sizeof(float))));
       if (key_parts == nullptr || value_parts == nullptr) throw std::bad_alloc();
@@ -219,22 +236,23 @@ struct BankGradients {
     }
   }
 
-  void add_parts(const AttentionBackward& problem, const BankGradient& to, int64_t count) const {
+  void add_parts(const AttentionBackward& problem, const BankGradient& to) const {
     if (key_parts == nullptr) return;
     const auto kernel = DPDIFF_DISPATCH(attention_add_parts);
-    torch::stable::parallel_for(0, problem.heads * count, 256, [&](int64_t begin, int64_t end) {
-      kernel(problem, key_parts.get(), count, to.key, begin, end);
-      kernel(problem, value_parts.get(), count, to.value, begin, end);
+    const int64_t* prototypes = used == nullptr ? nullptr : used->data();
+    torch::stable::parallel_for(0, problem.heads * to.rows, 256, [&](int64_t begin, int64_t end) {
+      kernel(problem, key_parts.get(), to.rows, prototypes, to.key, begin, end);
+      kernel(problem, value_parts.get(), to.rows, prototypes, to.value, begin, end);
     });
   }
 };
 
 // Into how many parts the tokens of a head are split: enough for many threads, as far as 32 MiB of sums allow.
-int64_t parts_of(const AttentionProblem& problem) {
+int64_t parts_of(const AttentionProblem& problem, int64_t local_rows) {
   const int64_t chunks = (problem.sequence() + kChunk - 1) / kChunk;
   const int64_t possible = std::max<int64_t>(1, problem.folded() ? chunks : problem.batch);
   const int64_t wanted = 31 / std::max<int64_t>(1, problem.heads) + 1;
-  const int64_t rows = (problem.local.shared ? problem.local.count : 0) + (problem.global.shared ? problem.global.count : 0);
+  const int64_t rows = (problem.local.shared ? local_rows : 0) + (problem.global.shared ? problem.global.count : 0);
   if (rows == 0) return possible;
   const int64_t bytes = problem.heads * rows * 2 * problem.channels * sizeof(float);
   return std::min({possible, wanted, std::max<int64_t>(1, (32 << 20) / std::max<int64_t>(1, bytes))});
@@ -255,20 +273,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> prototype_attention_b
   problem.out = rows_of(dense_out);
   if (gate) problem.difference = rows_of(dense_difference);
   problem.sums = {float_data(dense_reference), float_data(dense_total)};
-  problem.parts = parts_of(problem);
+  const std::vector<int64_t>* used = inputs.routes ? &inputs.routes->used : nullptr;
+  const std::vector<int64_t> rows = inputs.routes ? inputs.routes->rows() : std::vector<int64_t>();
+  problem.rows = rows.data();
+  problem.parts = parts_of(problem, used == nullptr ? problem.local.count : used->size());
 
   const Tensor grad_query = empty_like_query(query);
   const Tensor grad_gate = gate ? floats(query, {problem.batch, problem.heads, problem.tokens}) : floats(query, {0});
   problem.grad_query = rows_of(grad_query);
   problem.grad_gate = float_data(grad_gate);
-  const BankGradients local(query, problem.local, problem, problem.grad_local);
-  const BankGradients global(query, problem.global, problem, problem.grad_global);
+  const BankGradients local(query, problem.local, used, problem, problem.grad_local);
+  const BankGradients global(query, problem.global, nullptr, problem, problem.grad_global);
 
   const auto kernel = DPDIFF_DISPATCH(attention_backward);
   torch::stable::parallel_for(
       0, problem.heads * problem.parts, 1, [&](int64_t begin, int64_t end) { kernel(problem, begin, end); });
-  local.add_parts(problem, problem.grad_local, problem.local.count);
-  global.add_parts(problem, problem.grad_global, problem.global.count);
+  local.add_parts(problem, problem.grad_local);
+  global.add_parts(problem, problem.grad_global);
   return {grad_query, local.key, local.value, global.key, global.value, grad_gate};
 }
 

@@ -57,10 +57,11 @@ struct AttentionForward : AttentionProblem {
 };
 
 // Gradients of one bank: written where each image has its own; where the images share it, summed up in parts, each by
-// one thread, [head][part][prototype][channel], which start at zero.
+// one thread, [head][part][row][channel], which start at zero. With routes, rows are those that some image attends to.
 struct BankGradient {
   Rows key, value;
   float *key_parts = nullptr, *value_parts = nullptr;
+  int64_t rows = 0;
 };
 
 struct AttentionBackward : AttentionProblem {
@@ -69,7 +70,8 @@ struct AttentionBackward : AttentionProblem {
   Rows grad_query;
   float* grad_gate = nullptr;  // (B, H, N)
   BankGradient grad_local, grad_global;
-  int64_t parts = 1;  // that the tokens of a head are split into; from the shapes alone, so that results are, too
+  const int64_t* rows = nullptr;  // with routes: in grad_local's parts, beside `active`
+  int64_t parts = 1;  // that the tokens of a head are split into: never a matter of threads, so that results are not
 };
 
 constexpr int64_t kChunk = 192;  // tokens of one instance that a thread takes at a time

@@ -84,9 +84,12 @@ class BackwardAttention {
       }
       for (int i = 0; i < n; ++i) write_query_gradient(bank, i);
     }
-    const BankGradient &local = problem_.grad_local, &global = problem_.grad_global;
-    for (int64_t i = 0; i < bank.local_count; ++i) write_bank_gradient(bank, i, local, problem_.local.count, bank.local_row(i), part);
-    for (int64_t i = 0; i < problem_.global.count; ++i) write_bank_gradient(bank, bank.second + i, global, problem_.global.count, i, part);
+    for (int64_t i = 0; i < bank.local_count; ++i) {
+      const int64_t row = bank.local_row(i);
+      const int64_t part_row = problem_.routed() ? problem_.rows[problem_.offsets[bank.image] + i] : row;
+      write_bank_gradient(bank, i, problem_.grad_local, row, part, part_row);
+    }
+    for (int64_t i = 0; i < problem_.global.count; ++i) write_bank_gradient(bank, bank.second + i, problem_.grad_global, i, part, i);
   }
 
   void prepare(const BankView& bank, int64_t first, int count, int n) {
@@ -241,8 +244,8 @@ class BackwardAttention {
     }
   }
 
-  // Hands on the gradients of packed row i: row `row` of a bank of `count`.
-  void write_bank_gradient(const BankView& bank, int64_t i, const BankGradient& to, int64_t count, int64_t row, int64_t part) {
+  // Hands on the gradients of packed row i.
+  void write_bank_gradient(const BankView& bank, int64_t i, const BankGradient& to, int64_t row, int64_t part, int64_t part_row) {
     float *key = key_gradient_ + i * padded_, *value = value_gradient_ + i * padded_;
     for (int64_t e = 0; e < channels_; ++e) key[e] *= problem_.scale;
     if (to.key_parts == nullptr) {
@@ -250,7 +253,7 @@ class BackwardAttention {
       store_row(problem_.dtype, value, channels_, to.value.at(bank.image, bank.head, row));
       return;
     }
-    const int64_t at = ((bank.head * problem_.parts + part) * count + row) * channels_;
+    const int64_t at = ((bank.head * problem_.parts + part) * to.rows + part_row) * channels_;
     for (int64_t e = 0; e < channels_; ++e) to.key_parts[at + e] += key[e];
     for (int64_t e = 0; e < channels_; ++e) to.value_parts[at + e] += value[e];
   }
@@ -271,19 +274,19 @@ void attention_backward(const AttentionBackward& problem, int64_t begin, int64_t
   BackwardAttention<FloatEngine>(problem).run(begin, end);
 }
 
-// Adds up the parts of a shared bank's gradient: rows [begin, end) of (H, M).
-void attention_add_parts(
-    const AttentionBackward& problem, const float* parts, int64_t count, const Rows& to, int64_t begin, int64_t end) {
+// Adds up the parts of a shared bank's gradient: rows [begin, end) of (H, rows). Row i belongs to prototype used[i].
+void attention_add_parts(const AttentionBackward& problem, const float* parts, int64_t rows, const int64_t* used, const Rows& to,
+                         int64_t begin, int64_t end) {
   const int64_t n = problem.channels;
   Scratch scratch;
   float* sums = scratch.take(n);
   for (int64_t i = begin; i < end; ++i) {
-    const int64_t head = i / count, row = i % count;
+    const int64_t head = i / rows, row = i % rows;
     memset(sums, 0, n * sizeof(float));
     for (int64_t part = 0; part < problem.parts; ++part) {
-      const float* terms = parts + ((head * problem.parts + part) * count + row) * n;
+      const float* terms = parts + ((head * problem.parts + part) * rows + row) * n;
       for (int64_t e = 0; e < n; ++e) sums[e] += terms[e];
     }
-    store_row(problem.dtype, sums, n, to.at(0, head, row));
+    store_row(problem.dtype, sums, n, to.at(0, head, used == nullptr ? row : used[row]));
   }
 }

@@ -13,13 +13,14 @@ constexpr int kRows = 4, kVectors = 3;
 constexpr int kRows = 4, kVectors = 2;
 #endif
 constexpr int kLanes = kVectors * kWidth;
-constexpr int kBlock = 64;  // prototypes whose scores are held at a time
+constexpr int kBlock = 128;  // prototypes whose scores are held at a time
 constexpr float kLog2E = 1.44269504f;
 
 struct FloatEngine {
   typedef float Element;
   static constexpr int kPack = 1;  // elements in a unit
   static DPDIFF_INLINE vfloat multiply_add(const float* a, vfloat b, vfloat c) { return broadcast(*a) * b + c; }
+  static DPDIFF_INLINE vfloat add(vfloat sum, vfloat units) { return sum + units; }
   static DPDIFF_INLINE vfloat power_of_two(vfloat x) { return exp2(x); }
 };
 
@@ -29,6 +30,10 @@ struct BFloat16Engine {
   static constexpr int kPack = 2;
   static DPDIFF_INLINE vfloat multiply_add(const float* a, vfloat b, vfloat c) {
     return (vfloat)_mm512_dpbf16_ps((__m512)c, (__m512bh)_mm512_set1_ps(*a), (__m512bh)b);
+  }
+  // Both numbers of each unit, as they are rounded: what they weigh is then normalised by what they sum up to.
+  static DPDIFF_INLINE vfloat add(vfloat sum, vfloat units) {
+    return (vfloat)_mm512_dpbf16_ps((__m512)sum, (__m512bh)units, (__m512bh)_mm512_set1_epi32(0x3f803f80));
   }
   // To 2^-13.5, relative: what follows is rounded to 2^-9.
   static DPDIFF_INLINE vfloat power_of_two(vfloat x) {

@@ -144,6 +144,26 @@ def test_one_bank_is_scaled_dot_product_attention(backend):
     close(dk.prototype_attention(**tensors, scale=0.3, backend=backend), wanted, torch.float32)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("m", [100, 1024])
+def test_errors_are_no_larger_than_those_of_scaled_dot_product_attention(backend, dtype, m):
+    tensors = inputs(batch=2, heads=2, n=200, channels=64, m=m, m_global=None, dtype=dtype)
+    direction = torch.randn(tensors["query"].shape, generator=torch.Generator().manual_seed(9)).to(dtype)
+
+    def run(attention, dtype):
+        leaves = [t.to(dtype).requires_grad_() for t in tensors.values()]
+        out = attention(*leaves)
+        return [out, *torch.autograd.grad(out, leaves, direction.to(dtype))]
+
+    def theirs(query, key, value):
+        return F.scaled_dot_product_attention(query, key.expand(2, -1, -1, -1), value.expand(2, -1, -1, -1))
+
+    exact = run(theirs, torch.float64)
+    ours, rival = run(lambda *t: dk.prototype_attention(*t, backend=backend), dtype), run(theirs, dtype)
+    for our, their, want in zip(ours, rival, exact):
+        assert (our - want).square().mean().sqrt() <= 1.5 * (their - want).square().mean().sqrt()
+
+
 @pytest.mark.parametrize("lead", [(), (2,), (2, 3), (0,), (2, 0)])
 @pytest.mark.parametrize("batched", [False, True])
 def test_leading_dimensions(backend, lead, batched):
@@ -499,6 +519,38 @@ def test_bits_do_not_depend_on_threads_or_neighbours(routed):
     if routed:
         options["active_groups"] = options["active_groups"][2:3]
     assert torch.equal(dk.prototype_attention(**image, **options, backend="cpp"), alone[0][2:3])
+
+
+MEMORY = """
+import re, sys, torch, dpdiff_kernels as dk
+
+def status(name):
+    return int(re.search(rf"{name}:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) / 1024
+
+def extra(n, m):
+    query = torch.randn(16, 12, n, 64).to(dtype).requires_grad_()
+    banks = [torch.randn(12, k, 64).to(dtype).requires_grad_() for k in (m, m, 128, 128)]
+    gate = torch.rand(16, 12, n).to(dtype).requires_grad_()
+    out = dk.prototype_attention(query, *banks, gate)
+    grad_out = torch.ones_like(out)
+    open("/proc/self/clear_refs", "w").write("5")  # the high-water mark comes down to what is in use
+    before = status("VmRSS")
+    gradients = torch.autograd.grad(out, [query, *banks, gate], grad_out, retain_graph=True)
+    return status("VmHWM") - before - sum(g.numel() * g.element_size() for g in gradients) / 2**20
+
+dtype = getattr(torch, sys.argv[1])
+torch.set_num_threads(2)
+extra(1, 1)  # loads what autograd loads at first use
+print(extra(100, 2432))
+"""
+
+
+@pytest.mark.skipif("cpp" not in BACKENDS or sys.platform != "linux", reason="needs the native library, and /proc")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_backward_memory(dtype):
+    """At most 64 MiB beyond inputs and outputs: one (N, M) matrix would be 190 MiB here, expanded banks 240 MiB."""
+    run = subprocess.run([sys.executable, "-c", MEMORY, dtype], capture_output=True, text=True, check=True)
+    assert 8 <= float(run.stdout) <= 64
 
 
 # PrototypeAttention

@@ -1,0 +1,117 @@
+"""prototype_attention beside scaled_dot_product_attention in each of the forms that a user could give it:
+
+    pytest benchmarks/ops/bench_attention.py --benchmark-columns=median,min --benchmark-sort=median
+
+Tokens are (16, 12, 784, 64); banks are shared by the batch. Rivals are eager and compiled, with banks expanded to the
+batch and with the batch folded into the tokens. Every contender's answer is checked against float64 on one image.
+"""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import dpdiff_kernels as dk
+
+BATCH, HEADS, TOKENS, CHANNELS = 16, 12, 784, 64
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def expanded(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    shape = (query.shape[0], *key.shape)
+    return F.scaled_dot_product_attention(query, key.expand(shape), value.expand(shape))
+
+
+def folded(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    batch, heads, n_tokens, channels = query.shape
+    tokens = query.transpose(0, 1).reshape(1, heads, batch * n_tokens, channels)
+    out = F.scaled_dot_product_attention(tokens, key[None], value[None])
+    return out.view(heads, batch, n_tokens, channels).transpose(0, 1)
+
+
+def blended(attention: Callable) -> Callable:
+    """Two calls and a blend: the rival of the gate."""
+
+    def blend(query, local_key, local_value, global_key, global_value, gate):
+        gate = gate[..., None]
+        local_out = attention(query, local_key, local_value)
+        return (1 - gate) * local_out + gate * attention(query, global_key, global_value)
+
+    return blend
+
+
+RIVALS = {
+    "sdpa, expanded": expanded,
+    "sdpa, folded": folded,
+    "sdpa, expanded, compiled": torch.compile(expanded, dynamic=False),
+    "sdpa, folded, compiled": torch.compile(folded, dynamic=False),
+}
+BLENDS = {
+    "2 sdpa, expanded": blended(expanded),
+    "2 sdpa, folded": blended(folded),
+    "2 sdpa, expanded, compiled": torch.compile(blended(expanded), dynamic=False),
+    "2 sdpa, folded, compiled": torch.compile(blended(folded), dynamic=False),
+}
+
+
+def operands(dtype: str, *banks: int, gate: bool = False) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(BATCH, HEADS, TOKENS, CHANNELS)] + [(HEADS, m, CHANNELS) for m in banks for _ in ("key", "value")]
+    tensors = [torch.randn(shape, generator=generator) for shape in shapes]
+    if gate:
+        tensors.append(torch.rand(BATCH, HEADS, TOKENS, generator=generator))
+    return [t.to(DTYPES[dtype]).requires_grad_() for t in tensors]
+
+
+def check(attention: Callable, tensors: list[Tensor]) -> None:
+    first = [t[:1].detach() if t.shape[0] == BATCH else t.detach() for t in tensors]
+    with torch.no_grad():
+        wanted = dk.prototype_attention(*(t.double() for t in first))
+        out = attention(*(t.detach() for t in tensors))[:1]
+    tolerance = 1e-5 if tensors[0].dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(out.double(), wanted, rtol=tolerance, atol=tolerance)
+
+
+def run(benchmark, attention: Callable, tensors: list[Tensor], backward: bool) -> None:
+    check(attention, tensors)
+    grad_out = torch.randn(tensors[0].shape).to(tensors[0].dtype)
+
+    def forward():
+        with torch.no_grad():
+            attention(*tensors)
+
+    def forward_and_backward():
+        torch.autograd.grad(attention(*tensors), tensors, grad_out)
+
+    benchmark.pedantic(forward_and_backward if backward else forward, rounds=7, warmup_rounds=2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("m", [256, 1024, 2560])
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward+backward"])
+@pytest.mark.parametrize("contender", ["dpdiff", *RIVALS])
+def test_one_bank(benchmark, contender, backward, m, dtype):
+    benchmark.group = f"{dtype}, M = {m:,}, {'forward + backward' if backward else 'forward'}"
+    run(benchmark, RIVALS.get(contender, dk.prototype_attention), operands(dtype, m), backward)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("contender", ["dpdiff", *BLENDS])
+def test_two_banks(benchmark, contender, dtype):
+    benchmark.group = f"{dtype}, 1,024 and 128 prototypes with gate, forward + backward"
+    run(benchmark, BLENDS.get(contender, dk.prototype_attention), operands(dtype, 1024, 128, gate=True), backward=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("contender", ["dpdiff, 4 of 1,600 groups of 8", "dpdiff, 32 prototypes"])
+def test_routing(benchmark, contender, dtype):
+    benchmark.group = f"{dtype}, 32 prototypes of an image, forward"
+    routes = {}
+    if "groups" in contender:
+        draw = torch.Generator().manual_seed(0)
+        routes["groups"] = torch.arange(1600).repeat_interleave(8)
+        routes["active_groups"] = torch.stack([torch.randperm(1600, generator=draw)[:4] for _ in range(BATCH)])
+    tensors = [t.detach() for t in operands(dtype, 12_800 if routes else 32)]
+    benchmark.pedantic(dk.prototype_attention, tensors, routes, rounds=15, warmup_rounds=3)
