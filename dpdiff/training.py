@@ -44,12 +44,12 @@ class Training(L.LightningModule):
     def training_step(self, maps: list[Tensor], batch_index: int) -> Tensor:
         with torch.autocast(self.device.type, enabled=False):  # the targets stay float32
             tokens = self.model.tokenizer(maps)
+            # Between two steps: the backward pass needs the bank as the losses saw it.
+            if self.global_step and self.global_step % _REVIVAL_INTERVAL == 0:
+                self.model.revive(tokens)
         losses = self.model.losses(tokens)
         for name, value in losses.items():
             self.log(name, value.detach(), prog_bar=name == "loss", batch_size=len(tokens))
-        if (self.global_step + 1) % _REVIVAL_INTERVAL == 0:
-            with torch.autocast(self.device.type, enabled=False):
-                self.model.revive(tokens)
         return losses["loss"]
 
     def configure_optimizers(self) -> dict:
@@ -105,6 +105,10 @@ def train(
     out = Path(out)
     if not samples:
         raise ValueError("samples is empty: expected at least one normal image")
+    numbers = {"max_steps": max_steps, "batch_size": batch_size, "lr": lr, "checkpoint_interval": checkpoint_interval}
+    for name, value in numbers.items():
+        if not value > 0:
+            raise ValueError(f"{name} is {value}: expected a positive number")
     out.mkdir(parents=True, exist_ok=True)
     L.seed_everything(seed, verbose=False)
     show = progress and sys.stderr.isatty()
@@ -149,12 +153,16 @@ def train(
         training = Training(model, max_steps, lr, weight_decay)
         try:
             trainer.fit(training, loader, ckpt_path=checkpoint if resumed else None, weights_only=True)
+        except SystemExit as error:  # Lightning's answer to Ctrl-C
+            if isinstance(error.__context__, KeyboardInterrupt):
+                raise KeyboardInterrupt from None
+            raise
         except RuntimeError as error:
+            if resumed and "PytorchStreamReader" in str(error):
+                raise ValueError(f"{checkpoint} is damaged: remove it, or don't resume") from error
             if resumed and "state_dict" in str(error):
                 raise ValueError(f"{checkpoint} is of another model: give another folder, or don't resume") from error
             raise
-    if trainer.interrupted:
-        raise KeyboardInterrupt
     model.eval()
     if trainer.is_global_zero:
         model.calibrate(_tokens(model, features, "Calibrating", show))

@@ -1,0 +1,180 @@
+"""Training on features: it learns, stops and goes on, and refuses what is not its own."""
+
+import csv
+import os
+import signal
+
+import pytest
+import torch
+from conftest import as_batch, striped
+
+import dpdiff
+from dpdiff import training
+from dpdiff.training import train
+
+STEPS = 12
+
+
+@pytest.fixture
+def run(tiny, products, tmp_path):
+    """Trains a small model in `tmp_path/name` and returns it."""
+
+    def run(name="out", n=20, **options):
+        model = options.pop("model", None) or tiny()
+        settings = dict(max_steps=STEPS, batch_size=4, accelerator="cpu", precision="32-true", checkpoint_interval=4)
+        return train(model, products(n), tmp_path / name, **settings | options)
+
+    return run
+
+
+def weights(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def losses(folder):
+    with open(folder / "metrics.csv") as file:
+        return [float(row["loss"]) for row in csv.DictReader(file)]
+
+
+def assert_same(got, expected):
+    assert got.keys() == expected.keys()
+    for name in expected:
+        assert torch.equal(got[name], expected[name]), name
+
+
+def test_writes_weights_a_checkpoint_and_the_losses(run, tmp_path):
+    model = run()
+    assert not model.training
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"model.safetensors", "last.ckpt", "metrics.csv"} <= names
+    loaded = dpdiff.load(tmp_path / "out" / "model.safetensors")
+    assert_same(weights(loaded), weights(model))
+    images = as_batch([striped(i) for i in range(2)])
+    torch.testing.assert_close(loaded.predict(images), model.predict(images), rtol=0, atol=0)
+
+
+def test_the_loss_falls(run, tmp_path):
+    run(max_steps=120, lr=3e-3, checkpoint_interval=1000)
+    history = losses(tmp_path / "out")
+    assert len(history) == 12  # every tenth step
+    assert sum(history[-3:]) < 0.8 * sum(history[:3])
+
+
+def test_only_what_is_learnt_changes(run, tiny):
+    before, after = weights(tiny()), weights(run())
+    changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"tokenizer", "local_prototypes", "global_prototypes", "denoiser", "map_means"}
+    assert all(torch.equal(before[name], after[name]) for name in before if name.startswith("backbone"))
+
+
+def test_same_seed_same_weights(run):
+    first = weights(run("a", seed=3))
+    assert_same(weights(run("b", seed=3)), first)
+    other = weights(run("c", seed=4))
+    assert any(not torch.equal(other[name], first[name]) for name in first)
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.fixture
+def stop_after(monkeypatch):
+    """Lets training raise an exception before a step, as a kill would end it there."""
+
+    def arrange(step, how):
+        original = training.Training.training_step
+
+        def training_step(self, *args):
+            if self.global_step == step:
+                monkeypatch.setattr(training.Training, "training_step", original)
+                how()
+            return original(self, *args)
+
+        monkeypatch.setattr(training.Training, "training_step", training_step)
+
+    return arrange
+
+
+def die():
+    raise Stop
+
+
+def test_ctrl_c_leaves_a_checkpoint_to_go_on_from(run, stop_after, tmp_path):
+    stop_after(6, lambda: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        run("cut", checkpoint_interval=2)
+    assert (tmp_path / "cut" / "last.ckpt").is_file()
+    assert not (tmp_path / "cut" / "model.safetensors").exists()
+    run("cut", checkpoint_interval=2)
+    assert (tmp_path / "cut" / "model.safetensors").exists()
+
+
+def test_unused_prototypes_are_revived(run, tiny, monkeypatch):
+    """Far away from all tokens, nothing else would move them."""
+    monkeypatch.setattr(training, "_REVIVAL_INTERVAL", 5)
+    model = tiny(n_local=32, k=1)
+    initialise = model.initialise
+
+    def far_away(*args, **kwargs):
+        initialise(*args, **kwargs)
+        with torch.no_grad():
+            model.local_prototypes.bank[20:] = 1e3
+
+    monkeypatch.setattr(model, "initialise", far_away)
+    run(model=model)
+    assert model.local_prototypes.bank.abs().max() < 100
+
+
+def test_a_finished_run_is_not_trained_again(run):
+    first = weights(run())
+    assert_same(weights(run()), first)
+
+
+def test_resume_false_starts_anew(run, tmp_path):
+    expected = weights(run("a", seed=1))
+    run("b", seed=2)
+    assert_same(weights(run("b", seed=1, resume=False)), expected)
+
+
+@pytest.mark.parametrize("options", [dict(dim=48), dict(n_local=17), dict(depth=2), dict(backbone="test_efficientnet")])
+def test_a_checkpoint_of_another_model_is_refused(run, tiny, tmp_path, options):
+    run()
+    before = (tmp_path / "out" / "model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match=r"last\.ckpt is of another model"):
+        run(model=tiny(**options))
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
+
+
+def test_a_damaged_checkpoint_is_named(run, tmp_path):
+    run()
+    checkpoint = tmp_path / "out" / "last.ckpt"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"last\.ckpt"):
+        run()
+
+
+def test_no_samples(tiny, tmp_path):
+    with pytest.raises(ValueError, match="samples is empty"):
+        train(tiny(), [], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_fewer_images_than_a_batch(run):
+    model = run(n=3, batch_size=16, max_steps=3)
+    assert model.predict(as_batch([striped(0)])).scores.isfinite().all()
+
+
+def test_random_numbers_of_the_caller_do_not_matter(run):
+    torch.manual_seed(5)
+    first = weights(run("a"))
+    torch.manual_seed(6)
+    assert_same(weights(run("b")), first)
+
+
+@pytest.mark.parametrize("options", [dict(max_steps=0), dict(batch_size=0), dict(checkpoint_interval=0), dict(lr=-1.0)])
+def test_arguments_out_of_range_are_refused_before_any_work(tiny, products, tmp_path, options):
+    (name,) = options
+    with pytest.raises(ValueError, match=f"{name} is {options[name]}"):
+        train(tiny(), products(2), tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
