@@ -40,12 +40,10 @@ void share_out(const Members& members, int64_t d, const Work& work) {
 template <typename T>
 DPDIFF_INLINE void add_scaled(double* sum, double factor, const T* x, int64_t n) {
   int64_t i = 0;
-  for (; i + kWidth <= n; i += kWidth) {
-    const Doubles v = widen(load(x + i));
-    Doubles s;
+  for (; i + kHalf <= n; i += kHalf) {
+    vdouble s;
     memcpy(&s, sum + i, sizeof s);
-    s.low += factor * v.low;
-    s.high += factor * v.high;
+    s += factor * load_double(x + i);
     memcpy(sum + i, &s, sizeof s);
   }
   for (; i < n; ++i) sum[i] += factor * double(to_float(x[i]));
@@ -112,7 +110,7 @@ void backward_of(const NearestBackward& in) {
   std::vector<PairGradient> pairs(n * k);
   if (in.metric == Metric::cosine) {
     torch::stable::parallel_for(0, n_prototypes, 64, [&](int64_t begin, int64_t end) {
-      for (int64_t j = begin; j < end; ++j) norms[j] = sqrt(dot(prototypes + j * d, prototypes + j * d, d));
+      for (int64_t j = begin; j < end; ++j) norms[j] = vector_norm(prototypes + j * d, d);
     });
   }
   torch::stable::parallel_for(0, n, 64, [&](int64_t begin, int64_t end) {
@@ -120,7 +118,7 @@ void backward_of(const NearestBackward& in) {
     std::vector<double> weights(k), products(k), sum(d);
     for (int64_t i = begin; i < end; ++i) {
       const T* x = tokens + i * d;
-      const double norm = in.metric == Metric::cosine ? sqrt(dot(x, x, d)) : 0;
+      const double norm = in.metric == Metric::cosine ? vector_norm(x, d) : 0;
       for (int64_t j = 0; j < k; ++j) {
         const int64_t row = in.indices[i * k + j] + (in.shared ? 0 : i / in.n_tokens * in.n_prototypes);
         rows[i * k + j] = row;

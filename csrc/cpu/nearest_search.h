@@ -61,9 +61,9 @@ class Search {
         if (kTileVectors > 2 && vectors == 4) score_tile<4>(panel, i);
       }
     }
+    for (int64_t i = 0; i < n; ++i) prune(i);
     for (int64_t i = 0; i < n; ++i) {
-      if (!searching_[i]) continue;
-      prune(i);
+      if (i + 1 < n && sizes_[i + 1] > 0) prefetch(shortlists_[(i + 1) * kShortlist].i);
       settle(i);
     }
   }
@@ -80,25 +80,42 @@ class Search {
   void prepare(int64_t i, bool exists) {
     sizes_[i] = 0;
     lowest_[i] = -INFINITY;
-    searching_[i] = exists;
     std::fill_n(lows_ + i * k_, k_, -INFINITY);
-    const T* x = tokens_ + i * bank_.d;
-    norms_[i] = exists ? sqrt(dot(x, x, bank_.d)) : 0;
-    const bool all_nan = norms_[i] != norms_[i], all_zero = norms_[i] == 0 && bank_.metric != Metric::l2 && bank_.finite;
-    if (exists && (all_nan || all_zero)) {  // every score is the same
-      for (int64_t j = 0; j < std::min(k_, bank_.n); ++j) insert(i, {all_nan ? NAN : 0.0, bank_.row(j)});
-      searching_[i] = false;
-    }
     Element* row = rows_ + i * bank_.stride();
-    if (!searching_[i]) {
-      std::fill_n(row, bank_.stride(), Element{});
-      lengths_[i] = remainders_[i] = 0;
-      lowest_[i] = INFINITY;  // no key reaches it
-      return;
+    searching_[i] = exists && pack(i, row);
+    if (searching_[i]) return;
+    std::fill_n(row, bank_.stride(), Element{});
+    lengths_[i] = remainders_[i] = 0;
+    lowest_[i] = INFINITY;  // no key reaches it
+  }
+
+  // Packs a token, or matches it at once and returns false where all its scores are the same: NaN, or zero.
+  bool pack(int64_t i, Element* row) {
+    const T* x = tokens_ + i * bank_.d;
+    const bool cosine = bank_.metric == Metric::cosine;
+    float scale = 1;
+    if (cosine) {
+      norms_[i] = vector_norm(x, bank_.d);
+      scale = norms_[i] == 0 ? 0 : float(1 / norms_[i]);
     }
-    const float remainder = sqrtf(Screen::pack(x, bank_.d, 1, row));
-    remainders_[i] = remainder + sqrtf(float(bank_.d)) * 0x1p-63f;  // what its squares lost to underflow
-    lengths_[i] = 1.000001f * float(norms_[i]) + remainders_[i];
+    const Packed packed = Screen::pack(x, scale, bank_.metric == Metric::dot ? nullptr : bank_.centre(), bank_.d, row);
+    const bool all_nan = cosine ? norms_[i] - norms_[i] != 0 : packed.square != packed.square;
+    const bool all_zero = cosine ? norms_[i] == 0 : bank_.metric == Metric::dot && packed.square == 0 && is_zero(x);
+    if (all_nan || (all_zero && bank_.finite)) {
+      for (int64_t j = 0; j < std::min(k_, bank_.n); ++j) insert(i, {all_nan ? NAN : 0.0, bank_.row(j)});
+      return false;
+    }
+    const float underflow = sqrtf(float(bank_.d)) * 0x1p-63f;  // what the squares may have lost
+    const float length = 1.0001f * sqrtf(packed.square) + underflow;
+    remainders_[i] = 1.0001f * sqrtf(packed.remainder) + underflow;
+    if (bank_.metric != Metric::dot) remainders_[i] += 0x1p-22f * (length + (cosine ? 1 : 0));  // scaling and centring
+    lengths_[i] = length + remainders_[i];
+    if (cosine && !(scale > 1e-30f && scale < 1e30f)) lengths_[i] = INFINITY;
+    return true;
+  }
+
+  bool is_zero(const T* x) const {
+    return std::all_of(x, x + bank_.d, [](T value) { return to_float(value) == 0; });
   }
 
   // The largest error of a key in this panel, for each token: what packing lost, by Cauchy and Schwarz, plus d + 8
@@ -156,35 +173,35 @@ class Search {
   __attribute__((noinline)) void shortlist(int64_t i, int64_t panel, const float* keys) {
     if (!searching_[i]) return;
     const int64_t size = bank_.size(panel);
-    float* lows = lows_ + i * k_;
+    const float error = errors_[i];
+    float lowest = lowest_[i];
     if (k_ == 1) {  // raises the limit once for the whole panel
       vfloat best = broadcast(-INFINITY);
       for (int64_t j = 0; j < size; j += kWidth) best = maximum(best, load(keys + j));
-      raise(i, reduce_max(best) - errors_[i]);
+      lowest = std::max(lowest, reduce_max(best) - error);
     }
     for (int64_t j = 0; j < size; j += kWidth) {
-      for (uint32_t lanes = lanes_not_below(load(keys + j), limits_[i]); lanes != 0; lanes &= lanes - 1) {
+      for (uint32_t lanes = lanes_not_below(load(keys + j), lowest - error); lanes != 0; lanes &= lanes - 1) {
         const int64_t lane = j + __builtin_ctz(lanes);
         const float key = keys[lane];
-        if (lane >= size) break;
-        if (key < limits_[i]) continue;
+        if (key < lowest - error || lane >= size) continue;
+        if (k_ > 1) lowest = enter_low(lows_ + i * k_, key - error);
+        lowest_[i] = lowest;
         if (sizes_[i] == kShortlist) make_room(i);
-        shortlists_[i * kShortlist + sizes_[i]++] = {key + errors_[i], int32_t(panel * kPanel + lane)};
-        const float low = key - errors_[i];
-        if (k_ > 1 && low > lows[k_ - 1]) {
-          int64_t place = k_ - 1;
-          for (; place > 0 && lows[place - 1] < low; --place) lows[place] = lows[place - 1];
-          lows[place] = low;
-          raise(i, lows[k_ - 1]);
-        }
+        shortlists_[i * kShortlist + sizes_[i]++] = {key + error, int32_t(panel * kPanel + lane)};
       }
     }
+    limits_[i] = lowest - error;
   }
 
-  void raise(int64_t i, float lowest) {
-    if (!(lowest > lowest_[i])) return;
-    lowest_[i] = lowest;
-    limits_[i] = lowest - errors_[i];
+  // Inserts into the descending k best, and returns the k-th.
+  float enter_low(float* lows, float low) const {
+    int64_t place = k_;
+    for (; place > 0 && lows[place - 1] < low; --place) {
+      if (place < k_) lows[place] = lows[place - 1];
+    }
+    if (place < k_) lows[place] = low;
+    return lows[k_ - 1];
   }
 
   void make_room(int64_t i) {
@@ -206,9 +223,15 @@ class Search {
     const Candidate* candidates = shortlists_ + i * kShortlist;
     for (int32_t c = 0; c < sizes_[i]; ++c) {
       const int64_t j = candidates[c].i;
+      if (c + 1 < sizes_[i]) prefetch(candidates[c + 1].i);
       insert(i, {goodness(x, norms_[i], bank_.prototype(j), bank_.norm(j), bank_.d, bank_.metric), bank_.row(j)});
     }
     sizes_[i] = 0;
+  }
+
+  void prefetch(int64_t i) const {
+    const char* row = reinterpret_cast<const char*>(bank_.prototype(i));
+    for (size_t byte = 0; byte < bank_.d * sizeof(T); byte += 64) __builtin_prefetch(row + byte);
   }
 
   void insert(int64_t i, Match match) {
