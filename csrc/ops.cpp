@@ -12,11 +12,11 @@ STABLE_TORCH_LIBRARY(dpdiff, m) {
       " -> (Tensor scores, Tensor indices)");
   m.def(
       "aggregate_nearest(Tensor tokens, Tensor prototypes, int k, str metric, float temperature, Tensor? groups,"
-      " Tensor? active_groups) -> (Tensor values, Tensor scores, Tensor indices)");
+      " Tensor? active_groups) -> (Tensor values, Tensor scores, Tensor indices, Tensor weights)");
   // Of both, from the gradients of values (B, N, D) and scores (B, N, k) float32; a gradient not wanted is empty.
   m.def(
-      "nearest_backward(Tensor tokens, Tensor prototypes, Tensor indices, Tensor? grad_values, Tensor? grad_scores,"
-      " str metric, float temperature, bool of_tokens, bool of_prototypes)"
+      "nearest_backward(Tensor tokens, Tensor prototypes, Tensor indices, Tensor scores, Tensor? weights,"
+      " Tensor? grad_values, Tensor? grad_scores, str metric, float temperature, bool of_tokens, bool of_prototypes)"
       " -> (Tensor grad_tokens, Tensor grad_prototypes)");
   // tokens (N, D); prototypes (K, D); weights (N,) float32
   m.def(

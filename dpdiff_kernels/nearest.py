@@ -115,7 +115,7 @@ def aggregate_nearest(
     cpp = select(backend, ("cpp", "reference"), tokens, prototypes) == "cpp"
     implementation = torch.ops.dpdiff.aggregate_nearest if cpp else reference.aggregate_nearest
     tokens_, prototypes_, active_groups = _flatten(tokens, prototypes, active_groups)
-    values, *result = implementation(tokens_, prototypes_, k, metric, temperature, groups, active_groups)
+    values, *result = implementation(tokens_, prototypes_, k, metric, temperature, groups, active_groups)[:3]
     return Aggregated(values.reshape(tokens.shape), *(t.reshape(*tokens.shape[:-1], k) for t in result))
 
 
@@ -227,24 +227,21 @@ def _register() -> None:
     @torch.library.register_fake("dpdiff::aggregate_nearest")
     def _(tokens, prototypes, k, metric, temperature, groups, active_groups):
         shape = (tokens.shape[0], tokens.shape[1], k)
-        values = torch.empty_like(tokens)
-        return values, tokens.new_empty(shape, dtype=torch.float32), tokens.new_empty(shape, dtype=torch.int64)
+        dtypes = torch.float32, torch.int64, torch.float32
+        return torch.empty_like(tokens), *(tokens.new_empty(shape, dtype=dtype) for dtype in dtypes)
 
     @torch.library.register_fake("dpdiff::nearest_backward")
-    def _(tokens, prototypes, indices, grad_values, grad_scores, metric, temperature, of_tokens, of_prototypes):
-        return tuple(
-            torch.empty_like(tensor) if wanted else tensor.new_empty(0)
-            for tensor, wanted in ((tokens, of_tokens), (prototypes, of_prototypes))
-        )
+    def _(tokens, prototypes, indices, scores, weights, grad_values, grad_scores, metric, temperature, *wanted):
+        return tuple(torch.empty_like(t) if want else t.new_empty(0) for t, want in zip((tokens, prototypes), wanted))
 
     @torch.library.register_fake("dpdiff::prototype_statistics")
     def _(tokens, prototypes, metric, weights):
         k, d = prototypes.shape
         return tuple(tokens.new_empty(shape, dtype=torch.float32) for shape in ((k,), (k, d), ()))
 
-    def save(ctx, inputs, indices, metric, temperature):
-        ctx.save_for_backward(inputs[0], inputs[1], indices)
-        ctx.mark_non_differentiable(indices)
+    def save(ctx, inputs, indices, scores, weights, metric, temperature):
+        ctx.save_for_backward(*inputs[:2], indices, scores, weights)
+        ctx.mark_non_differentiable(indices, *([] if weights is None else [weights]))
         ctx.set_materialize_grads(False)
         ctx.metric, ctx.temperature = metric, temperature
 
@@ -260,13 +257,13 @@ def _register() -> None:
 
     torch.library.register_autograd(
         "dpdiff::nearest_prototype",
-        lambda ctx, grad_scores, _: (*backward(ctx, None, grad_scores), None, None, None, None),
-        setup_context=lambda ctx, inputs, output: save(ctx, inputs, output[1], inputs[3], 1.0),
+        lambda ctx, grad_scores, _: (*backward(ctx, None, grad_scores), *[None] * 4),
+        setup_context=lambda ctx, inputs, output: save(ctx, inputs, output[1], output[0], None, inputs[3], 1.0),
     )
     torch.library.register_autograd(
         "dpdiff::aggregate_nearest",
-        lambda ctx, grad_values, grad_scores, _: (*backward(ctx, grad_values, grad_scores), *[None] * 5),
-        setup_context=lambda ctx, inputs, output: save(ctx, inputs, output[2], inputs[3], inputs[4]),
+        lambda ctx, grad_values, grad_scores, *_: (*backward(ctx, grad_values, grad_scores), *[None] * 5),
+        setup_context=lambda ctx, inputs, output: save(ctx, inputs, *output[2:0:-1], output[3], *inputs[3:5]),
     )
 
     def second_backward(ctx, *_):

@@ -70,7 +70,7 @@ Routes route(const Tensor& groups, const Tensor& active_groups, int64_t k) {
 
 void search(const Tensor& tokens, const Tensor& prototypes, int64_t k, const std::string& metric, double temperature,
             const std::optional<Tensor>& groups, const std::optional<Tensor>& active_groups, Tensor& scores,
-            Tensor& indices, Tensor* values) {
+            Tensor& indices, Tensor* values, Tensor* weights) {
   Nearest in;
   in.tokens = tokens.const_data_ptr();
   in.prototypes = prototypes.const_data_ptr();
@@ -86,6 +86,7 @@ void search(const Tensor& tokens, const Tensor& prototypes, int64_t k, const std
   in.scores = scores.mutable_data_ptr<float>();
   in.indices = indices.mutable_data_ptr<int64_t>();
   in.values = values == nullptr ? nullptr : values->mutable_data_ptr();
+  in.weights = weights == nullptr ? nullptr : weights->mutable_data_ptr<float>();
   STD_TORCH_CHECK(in.n_prototypes <= std::numeric_limits<int32_t>::max(), "more than 2^31 - 1 prototypes");
   STD_TORCH_CHECK(k >= 1 && (k <= in.n_prototypes || tokens.numel() == 0), "k is ", k, " of ", in.n_prototypes, " prototypes");
   Routes routes;
@@ -99,23 +100,25 @@ std::tuple<Tensor, Tensor> nearest_prototype(Tensor tokens, Tensor prototypes, i
   const std::vector<int64_t> shape{tokens.size(0), tokens.size(1), k};
   Tensor scores = torch::stable::new_empty(tokens, shape, ScalarType::Float);
   Tensor indices = torch::stable::new_empty(tokens, shape, ScalarType::Long);
-  search(tokens, prototypes, k, metric, 1, groups, active_groups, scores, indices, nullptr);
+  search(tokens, prototypes, k, metric, 1, groups, active_groups, scores, indices, nullptr, nullptr);
   return {scores, indices};
 }
 
-std::tuple<Tensor, Tensor, Tensor> aggregate_nearest(Tensor tokens, Tensor prototypes, int64_t k, std::string metric,
-                                                     double temperature, std::optional<Tensor> groups,
-                                                     std::optional<Tensor> active_groups) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> aggregate_nearest(Tensor tokens, Tensor prototypes, int64_t k,
+                                                             std::string metric, double temperature,
+                                                             std::optional<Tensor> groups,
+                                                             std::optional<Tensor> active_groups) {
   const std::vector<int64_t> shape{tokens.size(0), tokens.size(1), k};
   Tensor values = torch::stable::empty_like(tokens);
   Tensor scores = torch::stable::new_empty(tokens, shape, ScalarType::Float);
   Tensor indices = torch::stable::new_empty(tokens, shape, ScalarType::Long);
-  search(tokens, prototypes, k, metric, temperature, groups, active_groups, scores, indices, &values);
-  return {values, scores, indices};
+  Tensor weights = torch::stable::empty_like(scores);
+  search(tokens, prototypes, k, metric, temperature, groups, active_groups, scores, indices, &values, &weights);
+  return {values, scores, indices, weights};
 }
 
-std::tuple<Tensor, Tensor> nearest_backward(Tensor tokens, Tensor prototypes, Tensor indices,
-                                            std::optional<Tensor> grad_values, std::optional<Tensor> grad_scores,
+std::tuple<Tensor, Tensor> nearest_backward(Tensor tokens, Tensor prototypes, Tensor indices, Tensor scores,
+                                            std::optional<Tensor> weights, std::optional<Tensor> grad_values, std::optional<Tensor> grad_scores,
                                             std::string metric, double temperature, bool of_tokens, bool of_prototypes) {
   const std::vector<int64_t> nothing{0};
   Tensor grad_tokens = of_tokens ? torch::stable::empty_like(tokens) : torch::stable::new_empty(tokens, nothing);
@@ -125,6 +128,9 @@ std::tuple<Tensor, Tensor> nearest_backward(Tensor tokens, Tensor prototypes, Te
   in.tokens = tokens.const_data_ptr();
   in.prototypes = prototypes.const_data_ptr();
   in.indices = indices.const_data_ptr<int64_t>();
+  in.scores = scores.const_data_ptr<float>();
+  in.weights = weights.has_value() ? weights->const_data_ptr<float>() : nullptr;
+  STD_TORCH_CHECK(weights.has_value() || !grad_values.has_value(), "grad_values is given without weights");
   in.grad_values = grad_values.has_value() ? grad_values->const_data_ptr() : nullptr;
   in.grad_scores = grad_scores.has_value() ? grad_scores->const_data_ptr<float>() : nullptr;
   in.dtype = dtype_of(tokens);
@@ -153,7 +159,7 @@ std::tuple<Tensor, Tensor, Tensor> prototype_statistics(Tensor tokens, Tensor pr
   Tensor counts = torch::stable::new_empty(tokens, std::vector<int64_t>{n_prototypes}, ScalarType::Float);
   Tensor sums = torch::stable::new_empty(tokens, std::vector<int64_t>{n_prototypes, d}, ScalarType::Float);
   Tensor inertia = torch::stable::new_empty(tokens, std::vector<int64_t>{}, ScalarType::Float);
-  search(torch::stable::unsqueeze(tokens, 0), prototypes, 1, metric, 1, std::nullopt, std::nullopt, scores, indices, nullptr);
+  search(torch::stable::unsqueeze(tokens, 0), prototypes, 1, metric, 1, std::nullopt, std::nullopt, scores, indices, nullptr, nullptr);
 
   Statistics in;
   in.tokens = tokens.const_data_ptr();

@@ -27,7 +27,8 @@ struct Nearest {
   double temperature;
   float* scores;     // (n_batch, n_tokens, k)
   int64_t* indices;  // (n_batch, n_tokens, k)
-  void* values;      // (n_batch, n_tokens, d), or null
+  void* values;      // (n_batch, n_tokens, d), or null: only scores and indices are wanted
+  float* weights;    // (n_batch, n_tokens, k), of the values
 };
 
 // Gradients of the scores, and of the values where grad_values is given, at the indices that the forward pass chose.
@@ -35,6 +36,8 @@ struct NearestBackward {
   const void* tokens;
   const void* prototypes;
   const int64_t* indices;
+  const float* scores;
+  const float* weights;      // of the values; read only with grad_values
   const void* grad_values;   // (n_batch, n_tokens, d), or null
   const float* grad_scores;  // (n_batch, n_tokens, k), or null
   Dtype dtype;               // of tokens, prototypes, grad_values and the results

@@ -6,14 +6,17 @@
 // Prototypes are packed this many bytes at a time.
 constexpr int64_t kBankBytes = 12 << 20;
 
-// values = sum_j softmax_j(goodness_j / temperature) p_j; NaN where a score isn't finite.
+// weights = softmax(goodness / temperature), values = sum_j weights_j p_j; NaN where a score isn't finite.
 template <typename T>
-void write_values(const Nearest& in, const Match* matches, const T* prototypes, double* weights, T* values) {
-  softmax(matches, in.k, in.temperature, weights);
+void aggregate(const Nearest& in, const Match* matches, const T* prototypes, float* weights, T* values) {
+  double total = 0;
+  const auto power = [&](int64_t j) { return ::exp((matches[j].goodness - matches[0].goodness) / in.temperature); };
+  for (int64_t j = 0; j < in.k; ++j) total += power(j);
+  for (int64_t j = 0; j < in.k; ++j) weights[j] = float(power(j) / total);
   for (int64_t i = 0; i < in.d; i += kWidth) {
     vfloat sum{};
     for (int64_t j = 0; j < in.k; ++j) {
-      sum += float(weights[j]) * load_some(prototypes + matches[j].index * in.d + i, in.d - i);
+      sum += weights[j] * load_some(prototypes + matches[j].index * in.d + i, in.d - i);
     }
     store_some(values + i, sum, in.d - i);
   }
@@ -38,7 +41,6 @@ void search_image(const Nearest& in, int64_t image, const int32_t* rows, int64_t
     const bool last = first + bank_size >= n_rows;
     torch::stable::parallel_for(0, n_blocks, 1, [&](int64_t begin, int64_t end) {
       Search<T, Screen> search(bank, k);
-      std::vector<double> weights(k);
       for (int64_t token = begin * block; token < std::min(n, end * block); token += block) {
         const int64_t size = std::min(block, n - token);
         search.run(tokens + token * d, size, matches + token * k);
@@ -48,7 +50,7 @@ void search_image(const Nearest& in, int64_t image, const int32_t* rows, int64_t
           indices[i] = matches[i].index;
         }
         for (int64_t i = token; values != nullptr && i < token + size; ++i) {
-          write_values(in, matches + i * k, prototypes, weights.data(), values + i * d);
+          aggregate(in, matches + i * k, prototypes, in.weights + (image * n + i) * k, values + i * d);
         }
       }
     });

@@ -36,139 +36,158 @@ void share_out(const Members& members, int64_t d, const Work& work) {
   });
 }
 
-// sum += factor * x over n channels.
+// sum += factor * (scale * row) for each term, over n channels: eight rows at a time in float32, then in double. (For very
+// short or long vectors, scale and factor are in float32's range but their product isn't.)
 template <typename T>
-DPDIFF_INLINE void add_scaled(double* sum, double factor, const T* x, int64_t n) {
-  int64_t i = 0;
-  for (; i + kHalf <= n; i += kHalf) {
-    vdouble s;
-    memcpy(&s, sum + i, sizeof s);
-    s += factor * load_double(x + i);
-    memcpy(sum + i, &s, sizeof s);
-  }
-  for (; i < n; ++i) sum[i] += factor * double(to_float(x[i]));
+struct Term {
+  const T* row;
+  float scale, factor;
+};
+template <typename T>
+void add_rows(double* sum, const Term<T>* terms, int64_t n_terms, int64_t n) {
+  constexpr int64_t kRows = 8;
+  const auto add = [&](int64_t first, auto rows) {
+    for (int64_t i = 0; i < n; i += kWidth) {
+      vfloat total{};
+      for (int64_t r = 0; r < rows; ++r) {
+        const Term<T>& term = terms[first + r];
+        total += term.factor * (term.scale * load_some(term.row + i, n - i));
+      }
+      float lanes[kWidth];
+      store(lanes, total);
+      for (int64_t lane = 0; lane < std::min<int64_t>(kWidth, n - i); ++lane) sum[i + lane] += double(lanes[lane]);
+    }
+  };
+  int64_t first = 0;
+  for (; first + kRows <= n_terms; first += kRows) add(first, std::integral_constant<int64_t, kRows>());
+  for (; first < n_terms; ++first) add(first, std::integral_constant<int64_t, 1>());
+}
+
+// Adds up the terms that `list` gives for each entry, prototype by prototype; `finish` gets each sum.
+template <typename T, typename List, typename Finish>
+void sum_members(const Members& members, int64_t d, const List& list, const Finish& finish) {
+  share_out(members, d, [&](int64_t first, int64_t last, int64_t channel, int64_t end) {
+    std::vector<double> sum(end - channel);
+    std::vector<Term<T>> terms;
+    for (int64_t j = first; j < last; ++j) {
+      terms.clear();
+      for (int64_t e = members.begin[j]; e < members.begin[j + 1]; ++e) list(members.entries[e], channel, terms);
+      std::fill(sum.begin(), sum.end(), 0.0);
+      add_rows(sum.data(), terms.data(), terms.size(), end - channel);
+      finish(j, channel, sum);
+    }
+  });
 }
 
 template <typename T>
 void statistics_of(const Statistics& in) {
   const Members members(in.indices, in.n_tokens, in.n_prototypes);
   const T* tokens = static_cast<const T*>(in.tokens);
-  const auto weight = [&](int64_t i) { return in.weights == nullptr ? 1.0 : double(in.weights[i]); };
+  const auto weight = [&](int64_t i) { return in.weights == nullptr ? 1.0f : in.weights[i]; };
   for (int64_t j = 0; j < in.n_prototypes; ++j) {
     double count = 0;
     for (int64_t e = members.begin[j]; e < members.begin[j + 1]; ++e) count += weight(members.entries[e]);
     in.counts[j] = float(count);
   }
-  share_out(members, in.d, [&](int64_t first, int64_t last, int64_t channel, int64_t end) {
-    std::vector<double> sum(end - channel);
-    for (int64_t j = first; j < last; ++j) {
-      std::fill(sum.begin(), sum.end(), 0.0);
-      for (int64_t e = members.begin[j]; e < members.begin[j + 1]; ++e) {
-        const int64_t i = members.entries[e];
-        add_scaled(sum.data(), weight(i), tokens + i * in.d + channel, end - channel);
-      }
-      for (int64_t c = channel; c < end; ++c) in.sums[j * in.d + c] = float(sum[c - channel]);
-    }
-  });
+  sum_members<T>(
+      members, in.d,
+      [&](int64_t i, int64_t channel, std::vector<Term<T>>& terms) {
+        terms.push_back({tokens + i * in.d + channel, 1, weight(i)});
+      },
+      [&](int64_t j, int64_t channel, const std::vector<double>& sum) {
+        for (size_t c = 0; c < sum.size(); ++c) in.sums[j * in.d + channel + c] = float(sum[c]);
+      });
 }
 
-DPDIFF_INLINE void softmax(const Match* matches, int64_t k, double temperature, double* weights) {
-  double total = 0;
-  for (int64_t j = 0; j < k; ++j) {
-    weights[j] = ::exp((matches[j].goodness - matches[0].goodness) / temperature);
-    total += weights[j];
-  }
-  for (int64_t j = 0; j < k; ++j) weights[j] /= total;
-}
-
-// A pair of a token x and one of its nearest prototypes p contributes, to the gradients
-//   of x:  x_by_p p + x_by_x x
-//   of p:  p_by_x x + p_by_p p + weight grad_values
-struct PairGradient {
-  double x_by_p, x_by_x, p_by_x, p_by_p, weight;
+// What a token x and one of its nearest prototypes p add to the gradients. With x' = x / |x| and p' = p / |p| for cosine,
+// x' = x and p' = p otherwise, and s the factors 1 / |x| and 1 / |p|, or 1:
+//   of x:  s_x (factor p' + own x')
+//   of p:  s_p (factor x' + own p') + weight grad_values
+struct Pair {
+  float factor, own, weight;
 };
 
-// From the gradient of a pair's goodness to those of its vectors.
-DPDIFF_INLINE PairGradient pair_gradient(Metric metric, double gradient, double goodness, double norm_x, double norm_p) {
-  if (metric == Metric::l2) return {2 * gradient, -2 * gradient, 2 * gradient, -2 * gradient, 0};
-  if (metric == Metric::dot) return {gradient, 0, gradient, 0, 0};
-  if (norm_x == 0 || norm_p == 0) return {0, 0, 0, 0, 0};
-  const double cross = gradient / (norm_x * norm_p);
-  return {cross, -gradient * goodness / (norm_x * norm_x), cross, -gradient * goodness / (norm_p * norm_p), 0};
+// The factors s: zero for a zero vector, whose cosine is constant.
+template <typename T>
+std::vector<float> scales(const T* rows, int64_t n, int64_t d, Metric metric) {
+  std::vector<float> out(n, 1.0f);
+  if (metric != Metric::cosine) return out;
+  torch::stable::parallel_for(0, n, 64, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const double norm = vector_norm(rows + i * d, d);
+      out[i] = norm == 0 ? 0 : float(1 / norm);
+    }
+  });
+  return out;
 }
 
 template <typename T>
 void backward_of(const NearestBackward& in) {
   const int64_t d = in.d, k = in.k, n = in.n_batch * in.n_tokens;
   const int64_t n_prototypes = in.shared ? in.n_prototypes : in.n_batch * in.n_prototypes;
+  const bool l2 = in.metric == Metric::l2;
   const T* tokens = static_cast<const T*>(in.tokens);
   const T* prototypes = static_cast<const T*>(in.prototypes);
   const T* grad_values = static_cast<const T*>(in.grad_values);
+  const std::vector<float> scale_x = scales(tokens, n, d, in.metric);
+  const std::vector<float> scale_p = scales(prototypes, n_prototypes, d, in.metric);
 
-  std::vector<double> norms(n_prototypes);
   std::vector<int64_t> rows(n * k);  // of all images' prototypes together
-  std::vector<PairGradient> pairs(n * k);
-  if (in.metric == Metric::cosine) {
-    torch::stable::parallel_for(0, n_prototypes, 64, [&](int64_t begin, int64_t end) {
-      for (int64_t j = begin; j < end; ++j) norms[j] = vector_norm(prototypes + j * d, d);
-    });
-  }
+  std::vector<Pair> pairs(n * k);
   torch::stable::parallel_for(0, n, 64, [&](int64_t begin, int64_t end) {
-    std::vector<Match> matches(k);
-    std::vector<double> weights(k), products(k), sum(d);
+    std::vector<double> products(k);  // grad_values . p; not needed for k = 1, where the weight is constant
     for (int64_t i = begin; i < end; ++i) {
-      const T* x = tokens + i * d;
-      const double norm = in.metric == Metric::cosine ? vector_norm(x, d) : 0;
-      for (int64_t j = 0; j < k; ++j) {
-        const int64_t row = in.indices[i * k + j] + (in.shared ? 0 : i / in.n_tokens * in.n_prototypes);
-        rows[i * k + j] = row;
-        matches[j] = {goodness(x, norm, prototypes + row * d, norms[row], d, in.metric), row};
-      }
+      const int64_t first = i * k;
       double mean = 0;
-      if (grad_values != nullptr) {
-        softmax(matches.data(), k, in.temperature, weights.data());
-        for (int64_t j = 0; j < k; ++j) {
-          products[j] = dot(grad_values + i * d, prototypes + matches[j].index * d, d);
-          mean += weights[j] * products[j];
-        }
-      }
-      std::fill(sum.begin(), sum.end(), 0.0);
-      double x_by_x = 0;
       for (int64_t j = 0; j < k; ++j) {
-        double gradient = 0;
-        if (in.grad_scores != nullptr) gradient = (in.metric == Metric::l2 ? -1 : 1) * double(in.grad_scores[i * k + j]);
-        if (grad_values != nullptr) gradient += weights[j] * (products[j] - mean) / in.temperature;
-        PairGradient& pair = pairs[i * k + j];
-        pair = pair_gradient(in.metric, gradient, matches[j].goodness, norm, norms[matches[j].index]);
-        pair.weight = weights[j];
-        x_by_x += pair.x_by_x;
-        if (in.grad_tokens != nullptr) add_scaled(sum.data(), pair.x_by_p, prototypes + matches[j].index * d, d);
+        rows[first + j] = in.indices[first + j] + (in.shared ? 0 : i / in.n_tokens * in.n_prototypes);
+        if (grad_values == nullptr || k == 1) continue;
+        products[j] = dot(grad_values + i * d, prototypes + rows[first + j] * d, d);
+        mean += double(in.weights[first + j]) * products[j];
+      }
+      double own = 0;
+      for (int64_t j = 0; j < k; ++j) {
+        const double weight = grad_values == nullptr ? 0 : in.weights[first + j];
+        double gradient = in.grad_scores == nullptr ? 0 : in.grad_scores[first + j];
+        gradient += (l2 ? -1 : 1) * weight * (products[j] - mean) / in.temperature;
+        Pair& pair = pairs[first + j];
+        pair.factor = float(l2 ? -2 * gradient : gradient);
+        pair.own = float(l2 ? 2 * gradient : in.metric == Metric::cosine ? -gradient * in.scores[first + j] : 0);
+        pair.weight = float(weight);
+        own += pair.own;
       }
       if (in.grad_tokens == nullptr) continue;
-      add_scaled(sum.data(), x_by_x, x, d);
-      T* grad = static_cast<T*>(in.grad_tokens) + i * d;
-      for (int64_t c = 0; c < d; ++c) grad[c] = from_float<T>(float(sum[c]));
+      for (int64_t c = 0; c < d; c += kWidth) {
+        const vfloat x = load_some(tokens + i * d + c, d - c);
+        // for l2 the sum of factor (p - x), which loses less than two sums do
+        vfloat sum = l2 ? vfloat{} : float(own) * scale_x[i] * (scale_x[i] * x);
+        for (int64_t j = 0; j < k; ++j) {
+          const int64_t row = rows[first + j];
+          const vfloat p = load_some(prototypes + row * d + c, d - c);
+          sum += pairs[first + j].factor * scale_x[i] * (l2 ? p - x : scale_p[row] * p);
+        }
+        store_some(static_cast<T*>(in.grad_tokens) + i * d + c, sum, d - c);
+      }
     }
   });
   if (in.grad_prototypes == nullptr) return;
 
   const Members members(rows.data(), n * k, n_prototypes);
-  share_out(members, d, [&](int64_t first, int64_t last, int64_t channel, int64_t end) {
-    const int64_t size = end - channel;
-    std::vector<double> sum(size);
-    for (int64_t j = first; j < last; ++j) {
-      std::fill(sum.begin(), sum.end(), 0.0);
-      double p_by_p = 0;
-      for (int64_t e = members.begin[j]; e < members.begin[j + 1]; ++e) {
-        const int64_t entry = members.entries[e], i = entry / k;
-        const PairGradient& pair = pairs[entry];
-        add_scaled(sum.data(), pair.p_by_x, tokens + i * d + channel, size);
-        if (grad_values != nullptr) add_scaled(sum.data(), pair.weight, grad_values + i * d + channel, size);
-        p_by_p += pair.p_by_p;
-      }
-      add_scaled(sum.data(), p_by_p, prototypes + j * d + channel, size);
-      T* grad = static_cast<T*>(in.grad_prototypes) + j * d + channel;
-      for (int64_t c = 0; c < size; ++c) grad[c] = from_float<T>(float(sum[c]));
-    }
-  });
+  T* grad_prototypes = static_cast<T*>(in.grad_prototypes);
+  sum_members<T>(
+      members, d,
+      [&](int64_t entry, int64_t channel, std::vector<Term<T>>& terms) {
+        const int64_t i = entry / k;
+        terms.push_back({tokens + i * d + channel, scale_x[i], pairs[entry].factor * scale_p[rows[entry]]});
+        if (grad_values != nullptr) terms.push_back({grad_values + i * d + channel, 1, pairs[entry].weight});
+      },
+      [&](int64_t j, int64_t channel, const std::vector<double>& sum) {
+        double own = 0;
+        for (int64_t e = members.begin[j]; e < members.begin[j + 1]; ++e) own += pairs[members.entries[e]].own;
+        own *= double(scale_p[j]) * double(scale_p[j]);
+        for (size_t c = 0; c < sum.size(); ++c) {
+          const int64_t at = j * d + channel + c;
+          grad_prototypes[at] = from_float<T>(float(sum[c] + own * double(to_float(prototypes[at]))));
+        }
+      });
 }

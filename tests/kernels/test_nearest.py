@@ -420,7 +420,8 @@ def test_opcheck(shared, metric):
         torch.library.opcheck(ops.aggregate_nearest.default, (tokens, prototypes, 2, metric, 0.1, *groups))
     tokens, prototypes = tokens.detach(), prototypes.detach()
     indices = torch.randint(7, (2, 9, 3), generator=torch.Generator().manual_seed(0))
-    arguments = (tokens, prototypes, indices, tokens, random(2, 9, 3), metric, 0.1)
+    scores, weights = random(2, 9, 3, seed=2), random(2, 9, 3, seed=3)
+    arguments = (tokens, prototypes, indices, scores, weights, tokens, random(2, 9, 3), metric, 0.1)
     torch.library.opcheck(ops.nearest_backward.default, (*arguments, True, True))
     torch.library.opcheck(ops.nearest_backward.default, (*arguments, False, True))
     if shared:
