@@ -9,7 +9,7 @@ from torch import Tensor
 from dpdiff_kernels.checks import check_choice, check_floats, check_int, check_shape
 from dpdiff_kernels.nearest import nearest_prototype, prototype_statistics
 
-# Elements of a chunk (64 MB): what is converted or normalised is held for one chunk at a time.
+# Elements of a chunk (64 MB): what is converted is held for one chunk at a time.
 _CHUNK = 1 << 24
 # k-means++ looks at this many tokens for each prototype, drawn at random where there are more.
 _SEEDING_TOKENS = 32
@@ -70,8 +70,9 @@ def kmeans(
         check_choice("init", init, ("k-means++", "random"))
         prototypes = _plus_plus(tokens, n_prototypes, metric, generator)
 
+    weights = None if metric == "l2" else torch.cat([_inverse_norm(chunk) for chunk in _chunks(tokens)])
     for _ in range(n_iters):
-        updated = _lloyd(tokens, prototypes, metric, backend)
+        updated = _lloyd(tokens, weights, prototypes, metric, backend)
         if torch.equal(updated, prototypes):
             break
         prototypes = updated
@@ -82,19 +83,23 @@ def _chunk_length(tokens: Tensor) -> int:
     return max(1, _CHUNK // max(1, tokens.shape[1]))
 
 
+def _chunks(tokens: Tensor) -> Iterator[Tensor]:
+    """The tokens in float32 or float64."""
+    for chunk in tokens.split(_chunk_length(tokens)):
+        yield chunk.to(torch.promote_types(tokens.dtype, torch.float32))
+
+
+def _inverse_norm(x: Tensor) -> Tensor:
+    """1 / |x| (N,), and zero where that isn't finite; no square over- or underflows."""
+    largest = x.abs().amax(-1).clamp(min=torch.finfo(x.dtype).tiny)
+    inverse = 1 / (largest * torch.linalg.vector_norm(x / largest.unsqueeze(-1), dim=-1))
+    return torch.where(inverse.isfinite(), inverse, 0)
+
+
 def _prepare(tokens: Tensor, metric: str) -> Tensor:
     """Tokens as they are clustered: float32 or float64, of unit length for cosine."""
     tokens = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
-    if metric == "l2":
-        return tokens
-    # Scaled first, so that no square over- or underflows.
-    scaled = tokens / tokens.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(tokens.dtype).tiny)
-    return scaled / torch.linalg.vector_norm(scaled, dim=-1, keepdim=True).clamp(min=torch.finfo(tokens.dtype).tiny)
-
-
-def _chunks(tokens: Tensor, metric: str) -> Iterator[Tensor]:
-    for chunk in tokens.split(_chunk_length(tokens)):
-        yield _prepare(chunk, metric)
+    return tokens if metric == "l2" else tokens * _inverse_norm(tokens).unsqueeze(-1)
 
 
 def _draw(tokens: Tensor, n: int, generator: torch.Generator | None) -> Tensor:
@@ -132,27 +137,25 @@ def _squared_distances(tokens: Tensor, squares: Tensor, indices: Tensor) -> Tens
     return distances.clamp(min=0).scatter(1, indices[:, None], 0)
 
 
-def _lloyd(tokens: Tensor, prototypes: Tensor, metric: str, backend: str | None) -> Tensor:
-    """One iteration's new centres."""
+def _lloyd(tokens: Tensor, weights: Tensor | None, prototypes: Tensor, metric: str, backend: str | None) -> Tensor:
+    """One iteration's new centres. The weights make unit vectors of tokens where only directions count."""
+    length = _chunk_length(tokens)
     sums = torch.zeros_like(prototypes, dtype=torch.float64)
     counts = sums.new_zeros(len(prototypes))
-    for chunk in _chunks(tokens, metric):
-        statistics = prototype_statistics(chunk, prototypes, metric=metric, backend=backend)
+    for i, chunk in enumerate(_chunks(tokens)):
+        chunk_weights = None if weights is None else weights[i * length : (i + 1) * length]
+        statistics = prototype_statistics(chunk, prototypes, metric=metric, weights=chunk_weights, backend=backend)
         counts += statistics.counts
         sums += statistics.sums
-    updated = (sums / counts.clamp(min=1).unsqueeze(-1)).to(prototypes.dtype)
-    empty = (counts == 0).nonzero().flatten()
-    if len(empty) > 0:
-        updated[empty] = _prepare(tokens[_farthest(tokens, prototypes, metric, len(empty), backend)], "l2")
+    empty = counts == 0
+    updated = (sums / torch.where(empty, 1, counts).unsqueeze(-1)).to(prototypes.dtype)
+    if empty.any():
+        updated[empty] = _prepare(tokens[_farthest(tokens, prototypes, metric, int(empty.sum()), backend)], "l2")
     return _prepare(updated, metric)
 
 
 def _farthest(tokens: Tensor, prototypes: Tensor, metric: str, n: int, backend: str | None) -> Tensor:
     """The indices of the n tokens farthest from their prototypes."""
-    scores = torch.cat(
-        [
-            nearest_prototype(chunk, prototypes, metric=metric, backend=backend).scores
-            for chunk in _chunks(tokens, metric)
-        ]
-    ).flatten()
+    found = [nearest_prototype(chunk, prototypes, metric=metric, backend=backend) for chunk in _chunks(tokens)]
+    scores = torch.cat([nearest.scores for nearest in found]).flatten()
     return scores.sort(descending=metric == "l2", stable=True).indices[:n]

@@ -8,7 +8,15 @@ from torch import Tensor
 
 from dpdiff_kernels import reference
 from dpdiff_kernels.backends import backends, select
-from dpdiff_kernels.checks import check_choice, check_floats, check_groups, check_int, check_positive, check_shape
+from dpdiff_kernels.checks import (
+    check_choice,
+    check_floats,
+    check_groups,
+    check_int,
+    check_positive,
+    check_shape,
+    widest_under_autocast,
+)
 
 METRICS = ("cosine", "dot", "l2")
 
@@ -168,12 +176,7 @@ def prototype_statistics(
 
 
 def _check_operands(tokens: Tensor, prototypes: Tensor) -> tuple[Tensor, Tensor]:
-    both = (tokens, prototypes)
-    if all(isinstance(t, Tensor) and t.is_floating_point() for t in both) and torch.is_autocast_enabled(
-        tokens.device.type
-    ):
-        wider = torch.promote_types(tokens.dtype, prototypes.dtype)
-        tokens, prototypes = tokens.to(wider), prototypes.to(wider)
+    tokens, prototypes = widest_under_autocast(tokens, prototypes)
     check_floats(tokens=tokens, prototypes=prototypes)
     if tokens.dim() < 2:
         raise ValueError(f"tokens has shape {tuple(tokens.shape)}: expected (..., N, D)")

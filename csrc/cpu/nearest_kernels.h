@@ -1,4 +1,5 @@
 // Nearest-prototype search and aggregation for one instruction set; included once for each (foreach_isa.h).
+#include "nearest_exact.h"
 #include "nearest_bank.h"
 #include "nearest_search.h"
 #include "nearest_scatter.h"

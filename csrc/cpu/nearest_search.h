@@ -1,6 +1,6 @@
 // The search itself: screen, shortlist, score the shortlist exactly. Included by nearest_kernels.h.
 //
-// Screening computes every key with an error of at most `error`, which is proven (see `token_errors`). A prototype whose
+// Screening computes every key with an error of at most `error`, which is proven (see `bound_errors`). A prototype whose
 // key plus error stays below the k-th best of the keys minus their errors can't be among the k best; all others are
 // scored in double. So the answer is exact whatever the screening's precision, and where no bound can be given (NaN,
 // overflow) the error is infinite and everything is scored in double.

@@ -393,6 +393,26 @@ def test_statistics_of_many_tokens_keep_their_precision(backend):
     np.testing.assert_allclose(result.inertia.item(), 200_000 * 3 * np.float64(np.float32(0.1)) ** 2, rtol=2e-7)
 
 
+@native
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_memory_beyond_inputs_and_outputs():
+    """12,544 x 4,096 scores alone would be 196 MiB."""
+    code = """
+import torch, dpdiff_kernels as dk
+torch.set_num_threads(2)
+def peak():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) / 1024
+tokens, prototypes = torch.randn(12544, 768), torch.randn(4096, 768)
+dk.nearest_prototype(tokens[:10], prototypes[:10], metric="l2", backend="cpp")
+before = peak()
+dk.nearest_prototype(tokens, prototypes, metric="l2", backend="cpp")
+print(peak() - before)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(result.stdout) <= 32
+
+
 @backends
 def test_nothing_to_search(backend):
     for shape in [(0, 5), (3, 0, 5), (0, 7, 5)]:
