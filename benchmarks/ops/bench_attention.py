@@ -1,6 +1,6 @@
 """prototype_attention beside scaled_dot_product_attention in each of the forms that a user could give it:
 
-    pytest benchmarks/ops/bench_attention.py --benchmark-columns=median,min --benchmark-sort=median
+    pytest benchmarks/ops/bench_attention.py --benchmark-columns=median,min --benchmark-sort=min
 
 Tokens are (16, 12, 784, 64); banks are shared by the batch. Rivals are eager and compiled, with banks expanded to the
 batch and with the batch folded into the tokens. Every contender's answer is checked against float64 on one image.

@@ -99,23 +99,24 @@ class BackwardAttention {
     lanes.vectors = (count + kWidth - 1) / kWidth;
     const int64_t rows = problem_.batch * problem_.heads * problem_.tokens;
     for (int i = 0; i < count; ++i) {
-      const int64_t image = lanes.images[i] = bank.image_of(first + i), place = lanes.places[i] = bank.place_of(first + i);
-      const int64_t flat = bank.flat(image, place);
-      const void* gradient = problem_.grad_out.at(image, bank.head, place);
-      const float delta = dot(gradient, problem_.out.at(image, bank.head, place));
-      if (bank.softmaxes() == 1) {
-        lanes.factor[0][i] = 1.0f / problem_.sums.total[flat];
-        lanes.delta[0][i] = delta;
-        lanes.reference[0][i] = finite(problem_.sums.reference[flat]);
-      } else {
-        const float gate = bank.local_count == 0 ? 1.0f : problem_.gate[flat];
-        const float slope = dot(gradient, problem_.difference.at(image, bank.head, place));
-        problem_.grad_gate[flat] = slope;
-        for (int s = 0; s < 2; ++s) {
-          lanes.factor[s][i] = (s == 0 ? 1.0f - gate : gate) / problem_.sums.total[s * rows + flat];
-          lanes.delta[s][i] = delta + (s == 0 ? -gate : 1.0f - gate) * slope;
-          lanes.reference[s][i] = finite(problem_.sums.reference[s * rows + flat]);
-        }
+      lanes.images[i] = bank.image_of(first + i);
+      lanes.places[i] = bank.place_of(first + i);
+    }
+    float delta[kLanes], slope[kLanes] = {};
+    dots(bank, lanes, problem_.out, delta);
+    if (bank.softmaxes() == 2) dots(bank, lanes, problem_.difference, slope);
+    for (int i = 0; i < count; ++i) {
+      const int64_t flat = bank.flat(lanes.images[i], lanes.places[i]);
+      float gate = 0;
+      if (bank.softmaxes() == 2) {
+        gate = bank.local_count == 0 ? 1.0f : problem_.gate[flat];
+        problem_.grad_gate[flat] = slope[i];
+      }
+      for (int s = 0; s < bank.softmaxes(); ++s) {
+        const float reference = problem_.sums.reference[s * rows + flat];
+        lanes.reference[s][i] = reference == -INFINITY ? 0.0f : reference;
+        lanes.factor[s][i] = (s == 0 ? 1.0f - gate : gate) / problem_.sums.total[s * rows + flat];
+        lanes.delta[s][i] = delta[i] + (s == 0 ? -gate : 1.0f - gate) * slope[i];
       }
     }
     columns_and_rows(bank, problem_.query, lanes, query_columns_ + n * units_ * kLanes, query_rows_ + n * kLanes / Engine::kPack * padded_);
@@ -123,17 +124,24 @@ class BackwardAttention {
     memset(query_gradient_ + n * padded_ * kLanes, 0, padded_ * kLanes * sizeof(float));
   }
 
-  static float finite(float reference) { return reference == -INFINITY ? 0.0f : reference; }
-
-  float dot(const void* a, const void* b) {
-    load_row(problem_.dtype, a, channels_, staged_);
-    load_row(problem_.dtype, b, channels_, staged_ + padded_);
-    vfloat sums{};
-    int64_t e = 0;
-    for (; e + kWidth <= channels_; e += kWidth) sums += load(staged_ + e) * load(staged_ + padded_ + e);
-    float sum = reduce_add(sums);
-    for (; e < channels_; ++e) sum += staged_[e] * staged_[padded_ + e];
-    return sum;
+  // For each query of a sub-block, the products with the gradient of the answer.
+  void dots(const BankView& bank, const Lanes& lanes, const Rows& other, float* products) {
+    float *gradient = staged_, *row = staged_ + padded_;
+    for (int v = 0; v < lanes.vectors; ++v) {
+      vfloat sums[kWidth] = {};
+      for (int j = 0; j < kWidth && v * kWidth + j < lanes.count; ++j) {
+        const int64_t image = lanes.images[v * kWidth + j], place = lanes.places[v * kWidth + j];
+        copy_row(problem_.dtype, problem_.grad_out.at(image, bank.head, place), channels_, gradient, padded_);
+        copy_row(problem_.dtype, other.at(image, bank.head, place), channels_, row, padded_);
+        vfloat sum{};
+        for (int64_t e = 0; e < padded_; e += kWidth) sum += load(gradient + e) * load(row + e);
+        sums[j] = sum;
+      }
+      transpose(sums);
+      vfloat total{};
+      for (int j = 0; j < kWidth; ++j) total += sums[j];
+      store(products + v * kWidth, total);
+    }
   }
 
   void columns_and_rows(const BankView& bank, const Rows& from, const Lanes& lanes, float* columns, float* rows) {

@@ -127,12 +127,12 @@ inline void store_row(DType dtype, const float* from, int64_t n, void* to) {
 DPDIFF_INLINE void copy_row(DType dtype, const void* from, int64_t channels, float* to, int64_t padded) {
   const int64_t n = from == nullptr ? 0 : channels;
   load_row(dtype, from, n, to);
-  memset(to + n, 0, (padded - n) * sizeof(float));
+  for (int64_t e = n; e < padded; ++e) to[e] = 0;
 }
 DPDIFF_INLINE void copy_row(DType, const void* from, int64_t channels, bfloat16* to, int64_t padded) {
   const int64_t n = from == nullptr ? 0 : channels;
   if (n > 0) memcpy(to, from, n * sizeof(bfloat16));
-  memset(to + n, 0, (padded - n) * sizeof(bfloat16));
+  for (int64_t e = n; e < padded; ++e) to[e] = bfloat16{0};
 }
 
 // rows [kLanes][ld] of units -> columns [units][kLanes], for the first `vectors` vectors of lanes.
