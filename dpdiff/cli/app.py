@@ -60,10 +60,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _interrupted() if code == INTERRUPTED else code
     except (KeyboardInterrupt, typer.Abort):
         return _interrupted()
-    except SystemExit as error:
-        if isinstance(error.__context__, KeyboardInterrupt):  # Lightning's answer to Ctrl-C
-            return _interrupted()
-        raise
     except _UsageError as error:
         command = error.ctx.command_path if error.ctx else "dpdiff"
         return _report(error, f"{error.format_message()} (see {command} --help)", USER_ERROR)
