@@ -1,6 +1,7 @@
 """Nearest-prototype search, aggregation and statistics, and k-means on top of them."""
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -83,7 +84,7 @@ def nearest_prototype(
     """
     tokens, prototypes = _check_search(tokens, prototypes, k, metric, groups, active_groups)
     cpp = select(backend, ("cpp", "reference"), tokens, prototypes) == "cpp"
-    implementation = torch.ops.dpdiff.nearest_prototype if cpp else reference.nearest_prototype
+    implementation = _native("nearest_prototype") if cpp else reference.nearest_prototype
     tokens_, prototypes_, active_groups = _flatten(tokens, prototypes, active_groups)
     result = implementation(tokens_, prototypes_, k, metric, groups, active_groups)
     return Nearest(*(t.reshape(*tokens.shape[:-1], k) for t in result))
@@ -121,7 +122,7 @@ def aggregate_nearest(
     check_positive("temperature", temperature)
     tokens, prototypes = _check_search(tokens, prototypes, k, metric, groups, active_groups)
     cpp = select(backend, ("cpp", "reference"), tokens, prototypes) == "cpp"
-    implementation = torch.ops.dpdiff.aggregate_nearest if cpp else reference.aggregate_nearest
+    implementation = _native("aggregate_nearest") if cpp else reference.aggregate_nearest
     tokens_, prototypes_, active_groups = _flatten(tokens, prototypes, active_groups)
     values, *result = implementation(tokens_, prototypes_, k, metric, temperature, groups, active_groups)[:3]
     return Aggregated(values.reshape(tokens.shape), *(t.reshape(*tokens.shape[:-1], k) for t in result))
@@ -195,13 +196,6 @@ def _check_search(
     if k > n_prototypes:
         raise ValueError(f"k is {k}: expected at most the number of prototypes, {n_prototypes}")
     check_groups(groups, active_groups, n_prototypes, batch, tokens.device)
-    if groups is not None and groups.device.type == "cpu" and not torch.compiler.is_compiling():
-        n_active = reference.active_prototypes(groups, active_groups.reshape(math.prod(batch), -1)).sum(-1)
-        if n_active.numel() > 0 and int(n_active.min()) < k:
-            i = int(n_active.argmin())
-            raise ValueError(
-                f"active_groups leaves batch element {i} with {int(n_active[i])} prototypes: expected at least k={k}"
-            )
     return tokens, prototypes
 
 
@@ -217,6 +211,24 @@ def _flatten(tokens: Tensor, prototypes: Tensor, active_groups: Tensor | None) -
     if active_groups is not None:
         active_groups = active_groups.reshape(n_batch, active_groups.shape[-1]).contiguous()
     return tokens.reshape(n_batch, n, d), prototypes, active_groups
+
+
+def _native(name: str) -> Callable:
+    """The native library's operator, whose complaint about routes (which it alone looks at) is the user's error."""
+    operator = getattr(torch.ops.dpdiff, name)
+    if torch.compiler.is_compiling():
+        return operator
+
+    def run(*arguments):
+        try:
+            return operator(*arguments)
+        except RuntimeError as error:
+            _, found, rest = str(error).partition("active_groups leaves")
+            if not found:
+                raise
+            raise ValueError(found + rest.splitlines()[0]) from None
+
+    return run
 
 
 def _register() -> None:

@@ -93,7 +93,15 @@ def _scores(x: Tensor, rows: Tensor, metric: str) -> Tensor:
 def _nearest_indices(
     tokens: Tensor, prototypes: Tensor, k: int, metric: str, groups: Tensor | None, active_groups: Tensor | None
 ) -> Tensor:
-    available = None if groups is None else active_prototypes(groups, active_groups).unsqueeze(1)
+    available = None
+    if groups is not None:
+        available = active_prototypes(groups, active_groups)
+        if available.device.type == "cpu" and not torch.compiler.is_compiling():
+            for i, n in enumerate(available.sum(-1).tolist()):
+                if n < k:
+                    few = f"active_groups leaves batch element {i} with {n} prototypes"
+                    raise ValueError(f"{few}: expected at least k={k}")
+        available = available.unsqueeze(1)
     n_batch, n_tokens, n_prototypes = tokens.shape[0], tokens.shape[1], prototypes.shape[-2]
     if torch.compiler.is_compiling() or n_batch * n_tokens * n_prototypes <= _SCORES_PER_CHUNK:
         return _nearest_in_chunk(tokens, prototypes, k, metric, available)
