@@ -225,7 +225,7 @@ def sinkhorn(
         lambda h: _replayed(_softmin, cost.mT, h, eps),
         a, b, eps, n_iters, tol, tau_a, tau_b,
     )  # fmt: skip
-    log_plan = (_carried(f, a, eps).unsqueeze(-1) + _carried(g, b, eps).unsqueeze(-2) - cost) / eps
+    log_plan = (log_weighted(f, a, eps).unsqueeze(-1) + log_weighted(g, b, eps).unsqueeze(-2) - cost) / eps
     poison = _poison((cost > -math.inf).flatten(1).all(1), a, b)
     plan = log_plan.exp() + poison[:, None, None]
     total = (plan * torch.where(cost < math.inf, cost, 0)).sum((-2, -1))
@@ -247,10 +247,10 @@ def sinkhorn_points(
     tau_b: float | None,
     metric: str,
 ) -> tuple[Tensor, ...]:
-    """Returns f (B, N), g (B, M), value (B,), n_iters (B,) and error (B,); the potentials in float64."""
+    """Returns f (B, N), g (B, M), value (B,), n_iters (B,) and error (B,); the potentials in float64.
+    For the cosine, the points are of unit length."""
     dtype = x.dtype
     x, y, a, b = _wide(x), _wide(y), _wide(a), _wide(b)
-    x, y = _embedded(x, metric), _embedded(y, metric)
     f, g, used = _iterate(
         lambda h: _softmin_points(x, y, h, eps, metric),
         lambda h: _softmin_points(y, x, h, eps, metric),
@@ -258,7 +258,9 @@ def sinkhorn_points(
     )  # fmt: skip
     poison = _poison(x.isfinite().flatten(1).all(1) & y.isfinite().flatten(1).all(1), a, b)
     rows, columns = (
-        _apply_points(p, q, _carried(u, m, eps), _carried(v, w, eps), torch.ones_like(w).unsqueeze(-1), eps, metric)
+        _apply_points(
+            p, q, log_weighted(u, m, eps), log_weighted(v, w, eps), torch.ones_like(w).unsqueeze(-1), eps, metric
+        )
         for p, q, u, v, m, w in ((x, y, f, g, a, b), (y, x, g, f, b, a))
     )
     rows, columns = rows.squeeze(-1).detach(), columns.squeeze(-1).detach()
@@ -267,15 +269,9 @@ def sinkhorn_points(
     return f + poison[:, None], g + poison[:, None], (value + poison).to(dtype), used, (error + poison).detach().float()
 
 
-def sinkhorn_points_apply(
-    x: Tensor, y: Tensor, a: Tensor, b: Tensor, f: Tensor, g: Tensor, v: Tensor, eps: float, metric: str
-) -> Tensor:
-    """Returns plan @ v (B, N, C) for v (B, M, C), from the potentials of sinkhorn_points."""
-    out = _apply_points(
-        _embedded(_wide(x), metric), _embedded(_wide(y), metric),
-        _carried(_wide(f), _wide(a), eps), _carried(_wide(g), _wide(b), eps), _wide(v), eps, metric,
-    )  # fmt: skip
-    return out.to(v.dtype)
+def sinkhorn_apply(x: Tensor, y: Tensor, h_x: Tensor, h_y: Tensor, v: Tensor, eps: float, metric: str) -> Tensor:
+    """Returns plan @ v (B, N, C) for v (B, M, C) and the plan of log-weighted potentials h_x (B, N) and h_y (B, M)."""
+    return _apply_points(_wide(x), _wide(y), h_x, h_y, _wide(v), eps, metric).to(v.dtype)
 
 
 def _iterate(
@@ -293,15 +289,15 @@ def _iterate(
     next f is (the columns are exact after g, but for those that nothing reaches)."""
     damp_a = 1.0 if tau_a is None else tau_a / (tau_a + eps)
     damp_b = 1.0 if tau_b is None else tau_b / (tau_b + eps)
-    f = damp_a * rows(_carried(torch.zeros_like(b), b, eps))
-    g = damp_b * columns(_carried(f, a, eps))
+    f = damp_a * rows(log_weighted(torch.zeros_like(b), b, eps))
+    g = damp_b * columns(log_weighted(f, a, eps))
     used = torch.ones(a.shape[0], dtype=torch.int64, device=a.device)
     active = torch.ones_like(used, dtype=torch.bool)
     for _ in range(n_iters - 1):
-        softmin = rows(_carried(g, b, eps))
+        softmin = rows(log_weighted(g, b, eps))
         if tol is None:
             f = damp_a * softmin
-            g = damp_b * columns(_carried(f, a, eps))
+            g = damp_b * columns(log_weighted(f, a, eps))
             used = used + 1
             continue
         row_sums = torch.where((a > 0) & (f < math.inf), a * ((f - softmin) / eps).exp(), 0)
@@ -310,7 +306,7 @@ def _iterate(
         if not torch.compiler.is_compiling() and not active.any():
             break
         f = torch.where(active[:, None], damp_a * softmin, f)
-        g = torch.where(active[:, None], damp_b * columns(_carried(f, a, eps)), g)
+        g = torch.where(active[:, None], damp_b * columns(log_weighted(f, a, eps)), g)
         used = used + active
     return f, g, used
 
@@ -319,13 +315,10 @@ def _wide(x: Tensor) -> Tensor:
     return x.float() if x.device.type == "mps" else x.double()  # MPS has no float64
 
 
-def _embedded(x: Tensor, metric: str) -> Tensor:
-    return torch.nn.functional.normalize(x, dim=-1) if metric == "cosine" else x
-
-
-def _carried(potential: Tensor, weight: Tensor, eps: float) -> Tensor:
+def log_weighted(potential: Tensor, weight: Tensor, eps: float) -> Tensor:
     """potential + eps log(weight); -inf for what carries nothing: a zero weight, or a potential that is infinite since
     nothing reaches that point."""
+    weight = weight.to(potential.dtype)
     present = (weight > 0) & (potential < math.inf)
     return torch.where(present, potential + eps * torch.where(weight > 0, weight, 1).log(), -math.inf)
 
@@ -423,7 +416,7 @@ def envelope_gradients(
     tau_a: float | None,
     tau_b: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of cost, a and b for that of the dual objective (B,), which takes the potentials as optimal."""
+    """The gradients of cost, a and b from that of value, where the potentials are optimal."""
     grad_a = grad[:, None] * _marginal_gradient(f, b.sum(-1), eps, tau_a)
     grad_b = grad[:, None] * _marginal_gradient(g, a.sum(-1), eps, tau_b)
     return grad[:, None, None] * plan, grad_a, grad_b
@@ -444,6 +437,33 @@ class _Envelope(torch.autograd.Function):
         return *envelope_gradients(grad, *ctx.saved_tensors, *ctx.options), None, None, None, None, None, None
 
 
+def points_envelope_gradients(
+    apply: Callable[..., Tensor],
+    grad: Tensor,
+    x: Tensor,
+    y: Tensor,
+    a: Tensor,
+    b: Tensor,
+    f: Tensor,
+    g: Tensor,
+    eps: float,
+    tau_a: float | None,
+    tau_b: float | None,
+    metric: str,
+) -> tuple[Tensor, ...]:
+    """The gradients of x, y, a and b, where apply is that of the plan."""
+    h_x, h_y = log_weighted(f, a, eps), log_weighted(g, b, eps)
+    grads = []
+    for p, q, h_p, h_q in ((x, y, h_x, h_y), (y, x, h_y, h_x)):
+        # sum_j plan_ij and sum_j plan_ij q_j in one pass
+        moments = apply(p, q, h_p, h_q, torch.cat([torch.ones_like(q[..., :1]), q], -1), eps, metric)
+        pulled = -moments[..., 1:] if metric == "cosine" else 2 * (moments[..., :1] * p - moments[..., 1:])
+        grads.append(grad[:, None, None] * pulled)
+    grads.append(grad[:, None] * _marginal_gradient(f, b.sum(-1), eps, tau_a))
+    grads.append(grad[:, None] * _marginal_gradient(g, a.sum(-1), eps, tau_b))
+    return tuple(grads)
+
+
 class _PointsEnvelope(torch.autograd.Function):
     """_Envelope, where the cost is that of points and the plan is applied rather than held."""
 
@@ -455,15 +475,5 @@ class _PointsEnvelope(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        x, y, a, b, f, g = ctx.saved_tensors
-        eps, tau_a, tau_b, metric = ctx.options
-        h_f, h_g = _carried(f, a, eps), _carried(g, b, eps)
-        grads = []
-        for p, q, h_p, h_q in ((x, y, h_f, h_g), (y, x, h_g, h_f)):
-            # sum_j plan_ij and sum_j plan_ij q_j in one pass
-            moments = _apply_points(p, q, h_p, h_q, torch.cat([torch.ones_like(q[..., :1]), q], -1), eps, metric)
-            pulled = -moments[..., 1:] if metric == "cosine" else 2 * (moments[..., :1] * p - moments[..., 1:])
-            grads.append(grad[:, None, None] * pulled)
-        grads.append(grad[:, None] * _marginal_gradient(f, b.sum(-1), eps, tau_a))
-        grads.append(grad[:, None] * _marginal_gradient(g, a.sum(-1), eps, tau_b))
+        grads = points_envelope_gradients(_apply_points, grad, *ctx.saved_tensors, *ctx.options)
         return *grads, None, None, None, None, None, None, None

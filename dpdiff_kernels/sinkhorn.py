@@ -5,10 +5,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from dpdiff_kernels import reference
-from dpdiff_kernels.backends import backends, select
+from dpdiff_kernels.backends import select
 from dpdiff_kernels.checks import (
     check_choice,
     check_floats,
@@ -39,29 +38,27 @@ class PointTransport(NamedTuple):
     g: Tensor
     n_iters: Tensor
     error: Tensor
-    problem: tuple  # x, y, a, b and the potentials in float64 (batch dimensions flattened), eps, metric
+    problem: tuple  # x, y, log-weighted potentials (batch dimensions flattened), eps, metric, backend
 
     def apply(self, v: Tensor) -> Tensor:
-        """Returns plan @ v, (..., N, C), for v (..., M, C), in one pass over the pairs that holds a block of the plan.
+        """Returns plan @ v, (..., N, C), for v (..., M, C) of any floating-point dtype, in one pass over the pairs that
+        holds a block of the plan. In float64 for points in float64, in float32 otherwise.
 
         Differentiable in v and, through the plan, in all that `sinkhorn_points` was given; the backward pass computes
         the pairs again.
 
         Raises:
-            TypeError: v's dtype isn't the points' dtype.
+            TypeError: v isn't a floating-point tensor.
             ValueError: v's shape doesn't fit.
         """
-        x, y, a, b, f, g, eps, metric = self.problem
-        x, y, v = widest_under_autocast(x, y, v)
-        check_floats(x=x, y=y, v=v)
+        x, y, h_x, h_y, eps, metric, backend = self.problem
+        check_floats(v=v)
         batch, n, m = self.f.shape[:-1], x.shape[1], y.shape[1]
         if v.dim() != len(batch) + 2 or v.shape[:-1] != (*batch, m):
             raise ValueError(f"v has shape {tuple(v.shape)}: expected {(*batch, m, 'C')}")
-        flat = v.reshape(x.shape[0], m, v.shape[-1])
-        return reference.sinkhorn_points_apply(x, y, a, b, f, g, flat, eps, metric).view(*batch, n, v.shape[-1])
-
-
-_BACKENDS = ("cpp", "reference")
+        flat = v.reshape(x.shape[0], m, v.shape[-1]).to(x.dtype)
+        run = torch.ops.dpdiff.sinkhorn_apply if backend == "cpp" else reference.sinkhorn_apply
+        return run(x, y, h_x, h_y, flat, eps, metric).view(*batch, n, v.shape[-1])
 
 
 def sinkhorn(
@@ -105,7 +102,7 @@ def sinkhorn(
         tau_a: relaxes the row marginal, in units of cost. None: balanced.
         tau_b: relaxes the column marginal.
         return_plan: False leaves `plan` None (and its memory unused, unless a gradient needs it).
-        backend: see `dpdiff_kernels.use_backend`. Compiled code that needs gradients runs on the reference.
+        backend: see `dpdiff_kernels.use_backend`.
 
     Returns:
         plan: (..., N, M).
@@ -149,7 +146,7 @@ def sinkhorn(
     if cost.dim() < 2:
         raise ValueError(f"cost has shape {tuple(cost.shape)}: expected (..., N, M)")
     _check_options(eps, n_iters, tol, tau_a, tau_b)
-    select(backend, _BACKENDS, cost)
+    name = select(backend, ("cpp", "reference"), cost)
 
     *batch, n, m = cost.shape
     size = math.prod(batch)
@@ -159,11 +156,13 @@ def sinkhorn(
     flat_b = _weights("b", b, batch, m, flat_cost)
     if a is not None or b is not None:
         _check_masses(flat_a, flat_b, cost.dtype, balanced=tau_a is None and tau_b is None)
-    if _runs_natively(backend, flat_cost, flat_a, flat_b):
-        keep = return_plan or _needs_gradient(flat_cost, flat_a, flat_b)
-        plan, f, g, *scalars = _Native.apply(flat_cost, flat_a, flat_b, eps, n_iters, tol, tau_a, tau_b, keep)
+    problem = flat_cost, flat_a, flat_b, eps, n_iters, tol, tau_a, tau_b
+    if name == "cpp":
+        # the plan is also the gradient of value with respect to cost
+        keep_plan = return_plan or (torch.is_grad_enabled() and any(t.requires_grad for t in problem[:3]))
+        plan, f, g, *scalars = torch.ops.dpdiff.sinkhorn(*problem, keep_plan)
     else:
-        plan, f, g, *scalars = reference.sinkhorn(flat_cost, flat_a, flat_b, eps, n_iters, tol, tau_a, tau_b)
+        plan, f, g, *scalars = reference.sinkhorn(*problem)
     return Transport(
         plan.view(*batch, n, m) if return_plan else None,
         f.view(*batch, n),
@@ -217,7 +216,7 @@ def sinkhorn_points(
         raise ValueError(f"y has shape {tuple(y.shape)}: expected {(*x.shape[:-2], 'M', x.shape[-1])}, to go with x")
     check_choice("metric", metric, ("l2", "cosine"))
     _check_options(eps, n_iters, tol, tau_a, tau_b)
-    select(backend, _BACKENDS, x)
+    name = select(backend, ("cpp", "reference"), x)
 
     *batch, n, d = x.shape
     m, size = y.shape[-2], math.prod(batch)
@@ -227,16 +226,18 @@ def sinkhorn_points(
     flat_b = _weights("b", b, batch, m, flat_x)
     if a is not None or b is not None:
         _check_masses(flat_a, flat_b, x.dtype, balanced=tau_a is None and tau_b is None)
-    native = _runs_natively(backend, flat_x, flat_y, flat_a, flat_b)
-    run = _NativePoints.apply if native else reference.sinkhorn_points
+    if metric == "cosine":
+        flat_x, flat_y = (torch.nn.functional.normalize(p.double(), dim=-1).to(dtype) for p in (flat_x, flat_y))
+    run = torch.ops.dpdiff.sinkhorn_points if name == "cpp" else reference.sinkhorn_points
     f, g, value, used, error = run(flat_x, flat_y, flat_a, flat_b, eps, n_iters, tol, tau_a, tau_b, metric)
+    h_x, h_y = reference.log_weighted(f, flat_a, eps), reference.log_weighted(g, flat_b, eps)
     return PointTransport(
         value.view(batch),
         f.to(dtype).view(*batch, n),
         g.to(dtype).view(*batch, m),
         used.view(batch),
         error.view(batch),
-        (flat_x, flat_y, flat_a, flat_b, f, g, eps, metric),
+        (flat_x, flat_y, h_x, h_y, eps, metric, name),
     )
 
 
@@ -276,89 +277,113 @@ def _check_masses(a: Tensor, b: Tensor, dtype: torch.dtype, balanced: bool) -> N
         )
 
 
-# The native library. Its backward passes take the envelope's gradient from what the forward pass found, and replay the
-# iterations on the reference for gradients through anything but the value.
+def _fake(cost, a, b, eps, n_iters, tol, tau_a, tau_b, return_plan):
+    batch, n, m = cost.shape
+    plan = cost.new_empty(batch if return_plan else 0, n, m)
+    total, value, error = (cost.new_empty(batch) for _ in range(3))
+    return plan, torch.empty_like(a), torch.empty_like(b), total, value, cost.new_empty(batch, dtype=torch.int64), error
 
 
-def _runs_natively(backend: str | None, *tensors: Tensor) -> bool:
-    """Whether the native library solves these problems: not the empty ones, nor where a compiler would have to see
-    through the replay of the backward pass."""
-    if select(backend, _BACKENDS, *tensors) == "reference" or not all(t.numel() for t in tensors):
-        return False
-    return not (torch.compiler.is_compiling() and _needs_gradient(*tensors))
+def _save(ctx, inputs, output):
+    cost, a, b, *ctx.options = inputs
+    plan, f, g, _, _, n_iters, error = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(n_iters, error)
+    ctx.save_for_backward(cost, a, b, plan, f, g, n_iters)
 
 
-def _needs_gradient(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+def _backward(ctx, of_plan, of_f, of_g, of_total, of_value, *_):
+    cost, a, b, plan, f, g, n_iters = ctx.saved_tensors
+    eps, _, _, tau_a, tau_b, _ = ctx.options
+    grads = [None] * 3
+    if any(grad is not None for grad in (of_plan, of_f, of_g, of_total)):
+        differentiate = torch.ops.dpdiff.sinkhorn_backward
+        grads = differentiate(cost, a, b, n_iters, of_plan, of_f, of_g, of_total, eps, tau_a, tau_b)
+    if of_value is not None:
+        grads = _sums(grads, reference.envelope_gradients(of_value, a, b, f, g, plan, eps, tau_a, tau_b))
+    return *grads, *[None] * 6
 
 
-class _Native(torch.autograd.Function):
-    """torch.ops.dpdiff.sinkhorn with gradients."""
-
-    @staticmethod
-    def forward(ctx, cost, a, b, *options):
-        outputs = torch.ops.dpdiff.sinkhorn(cost, a, b, *options)
-        plan, f, g, _, _, used, error = outputs
-        ctx.save_for_backward(cost, a, b, plan, f, g)
-        ctx.options = options
-        ctx.mark_non_differentiable(used, error)
-        ctx.set_materialize_grads(False)
-        return outputs
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, *grads):
-        cost, a, b, plan, f, g = ctx.saved_tensors
-        eps, n_iters, tol, tau_a, tau_b, _ = ctx.options
-        if all(grads[i] is None for i in (0, 1, 2, 3)):
-            found = reference.envelope_gradients(grads[4], a, b, f, g, plan, eps, tau_a, tau_b)
-        else:
-            found = _replay(reference.sinkhorn, (cost, a, b), (eps, n_iters, tol, tau_a, tau_b), grads[:5])
-        return *found, *[None] * len(ctx.options)
+def _fake_points(x, y, a, b, eps, n_iters, tol, tau_a, tau_b, metric):
+    f, g = (torch.empty_like(weights, dtype=torch.float64) for weights in (a, b))
+    batch = x.shape[0]
+    return f, g, x.new_empty(batch), x.new_empty(batch, dtype=torch.int64), x.new_empty(batch)
 
 
-class _NativePoints(torch.autograd.Function):
-    """torch.ops.dpdiff.sinkhorn_points with gradients."""
-
-    @staticmethod
-    def forward(ctx, x, y, a, b, *options):
-        outputs = torch.ops.dpdiff.sinkhorn_points(x, y, a, b, *options)
-        ctx.save_for_backward(x, y, a, b)
-        ctx.options = options
-        ctx.mark_non_differentiable(*outputs[3:])
-        ctx.set_materialize_grads(False)
-        return outputs
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, *grads):
-        found = _replay(reference.sinkhorn_points, ctx.saved_tensors, ctx.options, grads[:3])
-        return *found, *[None] * len(ctx.options)
+def _save_points(ctx, inputs, output):
+    x, y, a, b, *ctx.options = inputs
+    f, g, _, n_iters, error = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(n_iters, error)
+    ctx.save_for_backward(x, y, a, b, f, g, n_iters)
 
 
-def _replay(run, inputs: tuple[Tensor, ...], options: tuple, grads: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
-    """The gradients of the reference's outputs that have one in `grads`, for all inputs."""
-    with torch.enable_grad():
-        inputs = [x.detach().requires_grad_() for x in inputs]
-        outputs = [(out, grad) for out, grad in zip(run(*inputs, *options), grads) if grad is not None]
-        found, wanted = zip(*outputs)
-        return torch.autograd.grad(found, inputs, wanted, allow_unused=True)
+def _backward_points(ctx, of_f, of_g, of_value, *_):
+    x, y, a, b, f, g, n_iters = ctx.saved_tensors
+    eps, _, _, tau_a, tau_b, metric = ctx.options
+    grads = [None] * 4
+    if of_f is not None or of_g is not None:
+        of_f, of_g = (None if grad is None else grad.float() for grad in (of_f, of_g))
+        differentiate = torch.ops.dpdiff.sinkhorn_points_backward
+        grads = differentiate(x, y, a, b, n_iters, of_f, of_g, eps, tau_a, tau_b, metric)
+    if of_value is not None:
+        apply = torch.ops.dpdiff.sinkhorn_apply
+        direct = reference.points_envelope_gradients(apply, of_value, x, y, a, b, f, g, eps, tau_a, tau_b, metric)
+        grads = _sums(grads, (grad.to(x.dtype) for grad in direct))
+    return *grads, *[None] * 6
 
 
-def _register() -> None:
-    @torch.library.register_fake("dpdiff::sinkhorn")
-    def _(cost, a, b, eps, n_iters, tol, tau_a, tau_b, return_plan):
-        size, n, m = cost.shape
-        plan = cost.new_empty(size if return_plan else 0, n, m)
-        f, g, scalars = cost.new_empty(size, n), cost.new_empty(size, m), [cost.new_empty(size) for _ in range(3)]
-        return plan, f, g, *scalars[:2], cost.new_empty(size, dtype=torch.int64), scalars[2]
-
-    @torch.library.register_fake("dpdiff::sinkhorn_points")
-    def _(x, y, a, b, eps, n_iters, tol, tau_a, tau_b, metric):
-        size, double = x.shape[0], torch.float64
-        f, g = x.new_empty(size, x.shape[1], dtype=double), x.new_empty(size, y.shape[1], dtype=double)
-        return f, g, x.new_empty(size), x.new_empty(size, dtype=torch.int64), x.new_empty(size)
+def _fake_apply(x, y, h_x, h_y, v, eps, metric):
+    return x.new_empty(x.shape[0], x.shape[1], v.shape[2])
 
 
-if backends()["cpp"]:
-    _register()
+def _save_apply(ctx, inputs, output):
+    *tensors, ctx.eps, ctx.metric = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward_apply(ctx, grad):
+    x, y, h_x, h_y, v = ctx.saved_tensors
+    grads, of_v = [None] * 4, None
+    if any(ctx.needs_input_grad[:4]):
+        differentiate = torch.ops.dpdiff.sinkhorn_apply_backward
+        grads = differentiate(grad, x, y, h_x, h_y, v, ctx.eps, ctx.metric)
+    if ctx.needs_input_grad[4]:
+        of_v = torch.ops.dpdiff.sinkhorn_apply(y, x, h_y, h_x, grad, ctx.eps, ctx.metric)
+    return *grads, of_v, None, None
+
+
+def _sums(grads, others):
+    return [other if grad is None else grad + other for grad, other in zip(grads, others)]
+
+
+def _not_twice(ctx, *grads):
+    raise NotImplementedError(
+        "on cpp, only the gradients of value can be differentiated again, and not those of sinkhorn_points: "
+        "use backend='reference'"
+    )
+
+
+if hasattr(torch.ops.dpdiff, "sinkhorn"):  # the native library is there
+    register_fake, register_autograd = torch.library.register_fake, torch.library.register_autograd
+    register_fake("dpdiff::sinkhorn", _fake)
+    register_fake("dpdiff::sinkhorn_points", _fake_points)
+    register_fake("dpdiff::sinkhorn_apply", _fake_apply)
+    register_autograd("dpdiff::sinkhorn", _backward, setup_context=_save)
+    register_autograd("dpdiff::sinkhorn_points", _backward_points, setup_context=_save_points)
+    register_autograd("dpdiff::sinkhorn_apply", _backward_apply, setup_context=_save_apply)
+
+    @register_fake("dpdiff::sinkhorn_backward")
+    def _(cost, a, b, *_):
+        return torch.empty_like(cost), torch.empty_like(a), torch.empty_like(b)
+
+    @register_fake("dpdiff::sinkhorn_points_backward")
+    def _(x, y, a, b, *_):
+        return torch.empty_like(x), torch.empty_like(y), torch.empty_like(a), torch.empty_like(b)
+
+    @register_fake("dpdiff::sinkhorn_apply_backward")
+    def _(grad, x, y, h_x, h_y, *_):
+        return torch.empty_like(x), torch.empty_like(y), torch.empty_like(h_x), torch.empty_like(h_y)
+
+    for name in ("sinkhorn_backward", "sinkhorn_points_backward", "sinkhorn_apply_backward"):
+        register_autograd(f"dpdiff::{name}", _not_twice)

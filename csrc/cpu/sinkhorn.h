@@ -30,9 +30,30 @@ struct SinkhornProblem {
   double *f_wide, *g_wide;  // the same in float64, or null
   float *cost, *value, *error;
   int64_t* n_iters;
+  double* history;  // f and g after each iteration, each padded to whole vectors; or null
 };
 
-enum class SinkhornMetric { l2, cosine };
+// Gradients of the results, null where there is none; and of the weights, where these go.
+struct SinkhornGradients {
+  const float *of_plan, *of_f, *of_g;
+  float of_total;
+  float *a, *b;
+};
+
+// Points x (n, dim) and y (m, dim), whose cost is the squared distance, or 1 - x y for the cosine.
+struct SinkhornPoints {
+  const float *x, *y;
+  int64_t dim;
+  bool cosine;
+};
+
+// The plan exp((h_x_i + h_y_j - cost_ij) / eps), and v (m, depth) that it is applied to.
+struct SinkhornApplied {
+  int64_t n, m, depth;
+  const double *h_x, *h_y;
+  const float* v;
+  double eps;
+};
 
 // Memory that problems of one thread use one after the other.
 class Arena {

@@ -6,10 +6,15 @@
 
 // K is without what is below 2^-126: with phi psi <= 2^80 that is an error of 2^-46 relative to the sums.
 constexpr float kMostProduct = 0x1p80f, kMostScaling = 0x1p60f, kLeastScaling = 0x1p-60f;
+constexpr double kMostExponent = 30;  // of the kernel of zero potentials
 constexpr float kLeastSum = 0x1p-96f;  // relative to the sum of the other side's scaled weights
 // The rows are taken in up to this many chunks, each with column sums of its own, whether or not they run in parallel: the
 // result doesn't depend on the number of threads.
 constexpr int64_t kMostChunks = 32;
+
+inline int64_t chunks_of(int64_t n, int64_t m) {
+  return std::max<int64_t>(std::min({n * m >> 16, kMostChunks, tiles_of(n)}), 1);
+}
 
 // The least and the greatest of positive numbers.
 struct Extent {
@@ -112,6 +117,20 @@ struct Side {
     return scaled;
   }
 
+  // base + eps log(scaling), +inf where nothing reaches
+  void potentials(double eps, double* to) const {
+    const double unit = kLn2 * eps;
+    for (int64_t i = 0; i < padded; i += kWidth) {
+      vfloat whole, part;
+      split_log2(load(scaling + i), whole, part);
+      store(to + i, load(base + i) + (widen_low(whole) + widen_low(part)) * unit);
+      store(to + i + kWidth / 2, load(base + i + kWidth / 2) + (widen_high(whole) + widen_high(part)) * unit);
+    }
+    for (int64_t i = 0; i < n; ++i) {
+      if (unreached[i]) to[i] = INFINITY;
+    }
+  }
+
   // Moves the scalings into base. Those that float32 can't hold stay: they are of zero weights.
   void absorb(double eps) {
     const double unit = kLn2 * eps;
@@ -156,43 +175,75 @@ class Sinkhorn {
         columns_(problem.m, problem.b, options.tau_b, options.eps, arena),
         blocks_(rows_.padded / kWidth),
         width_(columns_.padded),
-        chunks_(std::max<int64_t>(std::min({problem.n * problem.m >> 16, kMostChunks, blocks_}), 1)) {
+        chunks_(chunks_of(problem.n, problem.m)) {
     next_scaling_ = rows_.floats(arena);
     next_moved_ = rows_.floats(arena);
     next_target_ = rows_.floats(arena);
     std::copy_n(rows_.target, rows_.padded, next_target_);
     partial_ = arena.take<float>(chunks_ * width_);
-    scratch_ = arena.take<float>(parallel ? 0 : scratch_floats());
+    scratch_ = arena.take<float>(parallel ? 0 : width_ * kWidth);
     kernel_ = Source::kStored ? arena.take<float>(blocks_ * width_ * kWidth) : nullptr;
   }
 
   void solve() {
-    if (!start()) return fail();
+    if (!(rows_.check() & columns_.check())) return fail();
+    bool built = false;
+    if constexpr (Source::kStored) built = build_unshifted();
+    if (!built) {
+      if (!start()) return fail();
+      build();
+    }
     const bool scaled = iterate_scaled();
     if (!scaled) iterate_logs();
     finish(scaled);
   }
 
  private:
-  int64_t scratch_floats() const { return width_ * kWidth + source_.scratch_floats(); }
 
   // Calls work(chunk, first block, last block, scratch) for each chunk.
   template <class Work>
   void for_chunks(const Work& work) const {
     for_ranges(parallel_, chunks_, [&](int64_t first, int64_t last) {
       Arena local;
-      float* scratch = parallel_ ? local.take<float>(scratch_floats()) : scratch_;
+      float* scratch = parallel_ ? local.take<float>(width_ * kWidth) : scratch_;
       for (; first < last; ++first) work(first, first * blocks_ / chunks_, (first + 1) * blocks_ / chunks_, scratch);
     });
   }
   float* partial(int64_t chunk) const { return partial_ + chunk * width_; }
-  typename Source::Block open(int64_t block, float* scratch) const {
-    return source_.block(block * kWidth, scratch + width_ * kWidth);
+  typename Source::Block open(int64_t block) const { return source_.block(block * kWidth); }
+
+  // The kernel of zero potentials, in one pass, where float32 holds it: small finite costs. Otherwise false.
+  bool build_unshifted() {
+    if (rows_.mass == 0 || columns_.mass == 0) return false;
+    const vint limit = (vint)broadcast(float(std::min(kMostExponent / scale_, 1e38)));
+    std::atomic<bool> good{true};
+    for_chunks([&](int64_t, int64_t first, int64_t last, float*) {
+      const float scale = float(scale_), rest = float(scale_ - scale);
+      for (; first < last && good.load(std::memory_order_relaxed); ++first) {
+        const auto costs = open(first);
+        float* block = kernel_ + first * width_ * kWidth;
+        vint worst{};
+        for (int64_t j = 0; j < width_; j += kWidth) {
+          Tile c;
+          costs.tile(j, c, 0.0f);
+#pragma GCC unroll 16
+          for (int r = 0; r < kWidth; ++r) {
+            const vint size = (vint)c[r] & 0x7fffffff;  // ordered as integers are: finite numbers, infinity, NaN
+            worst = size > worst ? size : worst;
+            const vfloat x = c[r] * scale;
+            const vfloat lost = rounding_of(c[r], broadcast(scale), x) + c[r] * rest, power = exp2(-x);
+            store(block + (j + r) * kWidth, power - power * (lost * float(kLn2)));
+          }
+        }
+        if (any(worst > limit)) good = false;
+      }
+    });
+    if (good) set_pulls();
+    return good;
   }
 
-  // The first potentials. False where an input has no meaning.
+  // The first potentials. False where a cost has no meaning.
   bool start() {
-    if (!(rows_.check() & columns_.check())) return false;
     float* penalty = columns_.moved;  // a row isn't near to what has no weight
     for (int64_t j = 0; j < width_; ++j) penalty[j] = columns_.weight[j] > 0 ? 0.0f : INFINITY;
     std::atomic<bool> good{true};
@@ -201,7 +252,7 @@ class Sinkhorn {
       std::fill_n(nearest, width_, INFINITY);
       vint bad{};
       for (; first < last; ++first) {
-        const auto block = open(first, scratch);
+        const auto block = open(first);
         Tile c, least;
         for (vfloat& x : least) x = broadcast(INFINITY);
         for (int64_t j = 0; j < width_; j += kWidth) {
@@ -245,9 +296,9 @@ class Sinkhorn {
 
   // f0 of rows without weight, which g0 doesn't look at: min_j (cost_ij - g0_j), so that their K is at most 1 too.
   void lower_zero_rows() {
-    for_chunks([&](int64_t, int64_t first, int64_t last, float* scratch) {
+    for_chunks([&](int64_t, int64_t first, int64_t last, float*) {
       for (; first < last; ++first) {
-        const auto block = open(first, scratch);
+        const auto block = open(first);
         Tile c, least;
         for (vfloat& x : least) x = broadcast(INFINITY);
         for (int64_t j = 0; j < width_; j += kWidth) {
@@ -269,11 +320,11 @@ class Sinkhorn {
   // A block of the kernel, from where it is stored, or made in scratch.
   const float* kernel(int64_t block, float* scratch, bool stored) const {
     if (stored) return kernel_ + block * width_ * kWidth;
-    make_kernel(block, scratch, scratch);
+    make_kernel(block, scratch);
     return scratch;
   }
-  void make_kernel(int64_t block, float* kernel, float* scratch) const {
-    const auto costs = open(block, scratch);
+  void make_kernel(int64_t block, float* kernel) const {
+    const auto costs = open(block);
     const double* f = rows_.base + block * kWidth;
     for (int64_t j = 0; j < width_; j += kWidth) {
       Tile c;
@@ -287,43 +338,68 @@ class Sinkhorn {
 
   void build() {
     if (Source::kStored) {
-      for_chunks([&](int64_t, int64_t first, int64_t last, float* scratch) {
-        for (; first < last; ++first) make_kernel(first, kernel_ + first * width_ * kWidth, scratch);
+      for_chunks([&](int64_t, int64_t first, int64_t last, float*) {
+        for (; first < last; ++first) make_kernel(first, kernel_ + first * width_ * kWidth);
       });
     }
+    set_pulls();
+  }
+  void set_pulls() {
     for (Side* side : {&rows_, &columns_}) {
       if (!side->relaxed()) continue;
       for (int64_t i = 0; i < side->n; ++i) side->pull[i] = float(::exp(-side->base[i] / (side->tau + options_.eps)));
     }
   }
 
-  // The rows' scalings, kept beside the old ones, and the column sums that these give, chunk by chunk.
+  // The rows' scalings, kept beside the old ones, and the column sums that these give, chunk by chunk. The row sums of the
+  // next block are formed between those of this one and their use, which would otherwise wait for the last of them.
   Totals update_rows() {
     Totals totals[kMostChunks];
     for_chunks([&](int64_t chunk, int64_t first, int64_t last, float* scratch) {
       Totals found;
-      std::fill_n(partial(chunk), width_, 0.0f);
-      for (; first < last; ++first) update_block(kernel(first, scratch, Source::kStored), first * kWidth, partial(chunk), found);
+      Tile sums;
+      float* column_sums = partial(chunk);
+      std::fill_n(column_sums, width_, 0.0f);
+      const float* block = first < last ? kernel(first, scratch, Source::kStored) : nullptr;
+      if (first < last) row_sums(block, sums);
+      for (; first < last; ++first) {
+        scale_rows(first * kWidth, reduce_rows(sums, Sum()), found);
+        const float* ahead = block;
+        if (first + 1 < last) {
+          if (!Source::kStored) add_rows(block, first * kWidth, column_sums);
+          ahead = kernel(first + 1, scratch, Source::kStored);
+          row_sums(ahead, sums);
+        }
+        if (Source::kStored || first + 1 == last) add_rows(block, first * kWidth, column_sums);
+        block = ahead;
+      }
       totals[chunk] = found;
     });
     for (int64_t chunk = 1; chunk < chunks_; ++chunk) totals[0].include(totals[chunk]);
     return totals[0];
   }
 
-  void update_block(const float* kernel, int64_t i, float* column_sums, Totals& totals) const {
+  DPDIFF_INLINE void row_sums(const float* block, Tile& sums) const {
     Tile rows;
     for (vfloat& x : rows) x = vfloat{};
     for (int64_t j = 0; j < width_; j += kWidth) {
       const vfloat v = load(columns_.moved + j);
 #pragma GCC unroll 16
-      for (int r = 0; r < kWidth; ++r) rows[r] += load(kernel + (j + r) * kWidth) * v;
+      for (int r = 0; r < kWidth; ++r) rows[r] += load(block + (j + r) * kWidth) * v;
     }
-    const vfloat sums = reduce_rows(rows, Sum());
+#pragma GCC unroll 16
+    for (int r = 0; r < kWidth; ++r) sums[r] = rows[r];
+  }
+
+  DPDIFF_INLINE void scale_rows(int64_t i, vfloat sums, Totals& totals) const {
     const vfloat off = load(rows_.moved + i) * sums - load(rows_.target + i);
     totals.error += maximum(off, -off);
-    store(next_moved_ + i, rows_.scale(i, sums, next_scaling_, totals));
-    if (rows_.relaxed()) store(next_target_ + i, load(next_moved_ + i) * sums);
+    const vfloat moved = rows_.scale(i, sums, next_scaling_, totals);
+    store(next_moved_ + i, moved);
+    if (rows_.relaxed()) store(next_target_ + i, moved * sums);
+  }
 
+  DPDIFF_INLINE void add_rows(const float* block, int64_t i, float* column_sums) const {
     Tile u;
 #pragma GCC unroll 16
     for (int r = 0; r < kWidth; ++r) u[r] = broadcast(next_moved_[i + r]);
@@ -331,8 +407,8 @@ class Sinkhorn {
       vfloat even = load(column_sums + j), odd{};
 #pragma GCC unroll 8
       for (int r = 0; r < kWidth; r += 2) {
-        even += u[r] * load(kernel + (j + r) * kWidth);
-        odd += u[r + 1] * load(kernel + (j + r + 1) * kWidth);
+        even += u[r] * load(block + (j + r) * kWidth);
+        odd += u[r + 1] * load(block + (j + r + 1) * kWidth);
       }
       store(column_sums + j, even + odd);
     }
@@ -354,7 +430,6 @@ class Sinkhorn {
 
   // False where a sum or a scaling leaves what float32 can tell.
   bool iterate_scaled() {
-    build();
     float carried = 0;  // g = 0: the scalings undo g0
     for (int64_t j = 0; j < width_; ++j) {
       columns_.moved[j] = columns_.weight[j] * float(::exp2(-columns_.base[j] * scale_));
@@ -367,6 +442,7 @@ class Sinkhorn {
       const Totals columns = update_columns();
       if (!columns.trusted(reduce_add(rows.moved))) return false;
       carried = reduce_add(columns.moved);
+      record();
       const float phi = rows.scalings.greatest(), psi = columns.scalings.greatest();
       const bool large = phi * psi > kMostProduct || phi > kMostScaling || psi > kMostScaling ||
                          rows.scalings.least() < kLeastScaling || columns.scalings.least() < kLeastScaling;
@@ -383,6 +459,16 @@ class Sinkhorn {
 
   void iterate_logs();
 
+  // Leaves the potentials of this iteration in the history.
+  void record() const {
+    if (problem_.history == nullptr) return;
+    double* to = problem_.history + used_ * (rows_.padded + width_);
+    for (const Side* side : {&rows_, &columns_}) {
+      side->potentials(options_.eps, to);
+      to += side->padded;
+    }
+  }
+
   // The plan and what is told of it. scaled: the kernel is stored, and the scalings are of its potentials.
   void finish(bool scaled) {
     double cost[kMostChunks] = {}, mass[kMostChunks] = {}, error[kMostChunks] = {};
@@ -391,31 +477,29 @@ class Sinkhorn {
       std::fill_n(column_sums, width_, 0.0f);
       for (; first < last; ++first) {
         const float* block = kernel(first, scratch, scaled && Source::kStored);
-        const auto costs = open(first, scratch);
+        const auto costs = open(first);
         const int64_t i = first * kWidth, n_rows = std::min<int64_t>(kWidth, rows_.n - i);
-        Tile rows, c;
+        Tile rows;
         for (vfloat& x : rows) x = vfloat{};
         vfloat total{};
         for (int64_t j = 0; j < width_; j += kWidth) {
           const vfloat v = load(columns_.moved + j);
           vfloat column = load(column_sums + j);
-          if (problem_.cost != nullptr) costs.tile(j, c);
+          Tile p;
 #pragma GCC unroll 16
           for (int r = 0; r < kWidth; ++r) {
-            const vfloat p = rows_.moved[i + r] * load(block + (j + r) * kWidth) * v;
-            rows[r] += p;
-            column += p;
-            if (problem_.cost != nullptr) total += p * select(c[r] < broadcast(INFINITY), c[r], vfloat{});
-            if (problem_.plan != nullptr && r < n_rows) {
-              float* to = problem_.plan + (i + r) * columns_.n + j;
-              if (j + kWidth <= columns_.n) {
-                store(to, p);
-              } else {
-                store_partial(to, p, columns_.n - j);
-              }
-            }
+            p[r] = rows_.moved[i + r] * load(block + (j + r) * kWidth) * v;
+            rows[r] += p[r];
+            column += p[r];
           }
           store(column_sums + j, column);
+          if (problem_.cost != nullptr) {
+            Tile c;
+            costs.tile(j, c);
+#pragma GCC unroll 16
+            for (int r = 0; r < kWidth; ++r) total += p[r] * finite(c[r]);
+          }
+          if (problem_.plan != nullptr) store_tile(p, problem_.plan + i * columns_.n + j, n_rows, columns_.n - j);
         }
         const vfloat sums = reduce_rows(rows, Sum());
         const vfloat off = sums - load(rows_.target + i);
@@ -442,6 +526,18 @@ class Sinkhorn {
     *problem_.value = float(value);
     *problem_.error = float(error[0] + rows_.stranded + columns_.stranded);
     *problem_.n_iters = used_;
+  }
+
+  // Writes what of a tile is within the edges.
+  DPDIFF_INLINE void store_tile(const Tile& p, float* to, int64_t n_rows, int64_t n_columns) const {
+    if (n_rows == kWidth && n_columns >= kWidth) {
+#pragma GCC unroll 16
+      for (int r = 0; r < kWidth; ++r) store(to + r * columns_.n, p[r]);
+      return;
+    }
+    for (int64_t r = 0; r < n_rows; ++r) {
+      memcpy(to + r * columns_.n, &p[r], std::min<int64_t>(n_columns, kWidth) * sizeof(float));
+    }
   }
 
   // Writes a side's potentials and returns their part of the dual objective.

@@ -3,17 +3,97 @@
 #include "sinkhorn_points.h"
 #include "sinkhorn_forward.h"
 #include "sinkhorn_logs.h"
+#include "sinkhorn_backward.h"
 
 void sinkhorn_dense(const float* cost, const SinkhornOptions& options, const SinkhornProblem& problem, Arena& arena,
                     bool parallel) {
   arena.reset();
-  const DenseCost source{cost, problem.n, problem.m};
-  Sinkhorn<DenseCost>(source, options, problem, arena, parallel).solve();
+  Sinkhorn<DenseCost>({cost, problem.n, problem.m}, options, problem, arena, parallel).solve();
 }
 
-void sinkhorn_points(const float* x, const float* y, int64_t dim, SinkhornMetric metric, const SinkhornOptions& options,
-                     const SinkhornProblem& problem, Arena& arena, bool parallel) {
+void sinkhorn_points(const SinkhornPoints& points, const SinkhornOptions& options, const SinkhornProblem& problem, Arena& arena,
+                     bool parallel) {
   arena.reset();
-  const PointsCost source(x, y, problem.n, problem.m, dim, metric, arena);
+  const PointsCost source(points, problem.n, problem.m, arena);
   Sinkhorn<PointsCost>(source, options, problem, arena, parallel).solve();
+}
+
+// Runs the iterations again, as many as there were, for their potentials. False for a problem without a meaning.
+template <class Source>
+bool replay(const Source& source, SinkhornOptions options, SinkhornProblem problem, std::vector<double>& history, Arena& arena,
+            bool parallel) {
+  float value, error;
+  int64_t used;
+  options.n_iters = *problem.n_iters;
+  options.tol = 0;
+  history.resize(options.n_iters * (tiles_of(problem.n) + tiles_of(problem.m)) * kWidth);
+  problem.history = history.data();
+  problem.value = &value;
+  problem.error = &error;
+  problem.n_iters = &used;
+  Sinkhorn<Source>(source, options, problem, arena, parallel).solve();
+  return value == value;
+}
+
+void sinkhorn_dense_backward(const float* cost, const SinkhornOptions& options, const SinkhornProblem& problem,
+                             const SinkhornGradients& gradients, float* of_cost, Arena& arena, bool parallel) {
+  const int64_t n = problem.n, m = problem.m;
+  arena.reset();
+  const DenseCost source{cost, n, m};
+  std::vector<double> history;
+  if (!replay(source, options, problem, history, arena, parallel)) {
+    std::fill_n(of_cost, n * m, NAN);
+    std::fill_n(gradients.a, n, NAN);
+    std::fill_n(gradients.b, m, NAN);
+    return;
+  }
+  std::fill_n(of_cost, n * m, 0.0f);
+  const DenseSink sink{of_cost, n, m};
+  SinkhornBackward<DenseCost, DenseSink>(source, sink, options, problem, gradients, chunks_of(n, m), parallel)
+      .run(history.data(), *problem.n_iters);
+}
+
+void sinkhorn_points_backward(const SinkhornPoints& points, const SinkhornOptions& options, const SinkhornProblem& problem,
+                              const SinkhornGradients& gradients, float* of_x, float* of_y, Arena& arena, bool parallel) {
+  const int64_t n = problem.n, m = problem.m, dim = points.dim;
+  arena.reset();
+  const PointsCost source(points, n, m, arena);
+  std::vector<double> history;
+  if (!replay(source, options, problem, history, arena, parallel)) {
+    std::fill_n(of_x, n * dim, NAN);
+    std::fill_n(of_y, m * dim, NAN);
+    std::fill_n(gradients.a, n, NAN);
+    std::fill_n(gradients.b, m, NAN);
+    return;
+  }
+  const int64_t chunks = std::min(chunks_of(n, m), PointsSink::most_chunks(m, dim));
+  const PointsSink sink(source, points, of_x, of_y, chunks, arena);
+  SinkhornBackward<PointsCost, PointsSink>(source, sink, options, problem, gradients, chunks, parallel)
+      .run(history.data(), *problem.n_iters);
+  sink.finish();
+}
+
+void sinkhorn_apply(const SinkhornPoints& points, const SinkhornApplied& applied, float* out, Arena& arena, bool parallel) {
+  arena.reset();
+  const PointsCost source(points, applied.n, applied.m, arena);
+  apply_plan(source, applied, out, parallel);
+}
+
+void sinkhorn_apply_backward(const SinkhornPoints& points, const SinkhornApplied& applied, const float* of_out, float* of_x,
+                             float* of_y, double* of_h_x, double* of_h_y, Arena& arena, bool parallel) {
+  const int64_t n = applied.n, m = applied.m, depth = applied.depth;
+  arena.reset();
+  const PointsCost source(points, n, m, arena);
+  const int64_t chunks = std::min(chunks_of(n, m), PointsSink::most_chunks(m, points.dim));
+  const PointsSink sink(source, points, of_x, of_y, chunks, arena);
+  std::vector<double> h_x(tiles_of(n) * kWidth, -INFINITY), h_y(tiles_of(m) * kWidth, -INFINITY);
+  std::copy_n(applied.h_x, n, h_x.begin());
+  std::copy_n(applied.h_y, m, h_y.begin());
+  const float *outs = pack_points(of_out, n, depth, arena), *vs = pack_points(applied.v, m, depth, arena);
+  PairsBackward<PointsCost, PointsSink> backward(source, sink, applied.eps, chunks, parallel);
+  backward.of_plan(h_x.data(), h_y.data(), 0.0f,
+                   [&](int64_t i, int64_t j, Tile& tile) { inner_products(outs + i * depth, vs + j * depth, depth, tile); });
+  sink.finish();
+  std::copy_n(backward.of_rows(), n, of_h_x);
+  std::copy_n(backward.of_columns(), m, of_h_y);
 }

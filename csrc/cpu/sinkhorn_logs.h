@@ -20,11 +20,11 @@ void Sinkhorn<Source>::iterate_logs() {
   for (used_ = 0; used_ < options_.n_iters; ++used_) {
     for (int64_t j = 0; j < width_; ++j) narrow_h[j] = float(h[j]);
     double error[kMostChunks] = {};
-    for_chunks([&](int64_t chunk, int64_t first, int64_t last, float* scratch) {
+    for_chunks([&](int64_t chunk, int64_t first, int64_t last, float*) {
       float* column_greatest = greatest.data() + chunk * width_;
       std::fill_n(column_greatest, width_, -INFINITY);
       for (; first < last; ++first) {
-        const auto block = open(first, scratch);
+        const auto block = open(first);
         Tile c, most, rows;
         for (int r = 0; r < kWidth; ++r) most[r] = broadcast(-INFINITY), rows[r] = vfloat{};
         for (int64_t j = 0; j < width_; j += kWidth) {
@@ -68,11 +68,11 @@ void Sinkhorn<Source>::iterate_logs() {
       shift[j] = top > -INFINITY ? -double(top) : 0.0;
       sums[j] = 0;
     }
-    for_chunks([&](int64_t chunk, int64_t first, int64_t last, float* scratch) {
+    for_chunks([&](int64_t chunk, int64_t first, int64_t last, float*) {
       float* column_sums = partial(chunk);
       std::fill_n(column_sums, width_, 0.0f);
       for (; first < last; ++first) {
-        const auto block = open(first, scratch);
+        const auto block = open(first);
         for (int64_t j = 0; j < width_; j += kWidth) {
           Tile c;
           block.tile(j, c);
@@ -95,6 +95,10 @@ void Sinkhorn<Source>::iterate_logs() {
       for (int64_t i = 0; i < side->n; ++i) {
         side->target[i] = side->weight[i] > 0 ? float(side->weight[i] * ::exp(-side->base[i] / side->tau)) : 0.0f;
       }
+    }
+    if (problem_.history != nullptr) {
+      double* to = problem_.history + used_ * (rows_.padded + width_);
+      std::copy_n(columns_.base, width_, std::copy_n(rows_.base, rows_.padded, to));
     }
   }
   for (Side* side : {&rows_, &columns_}) {

@@ -40,9 +40,23 @@ DPDIFF_INLINE vfloat exponent(double f, const double* g, vfloat cost, double sca
   return narrow((f + load(g) - widen_low(cost)) * scale, (f + load(g + kWidth / 2) - widen_high(cost)) * scale);
 }
 
+// The cost, or 0 where it is infinite: the plan is 0 there, and their product should be.
+DPDIFF_INLINE vfloat finite(vfloat cost) { return select(cost < broadcast(INFINITY), cost, vfloat{}); }
+
 // 2^x without subnormals and infinities, which 0 times would not be 0.
 DPDIFF_INLINE vfloat bounded_exp2(vfloat x) {
   return select(x >= broadcast(-126.0f), exp2(minimum(x, broadcast(126.0f))), vfloat{});
+}
+
+// What rounding lost of product = a * b; zero without fused multiply-add.
+DPDIFF_INLINE vfloat rounding_of(vfloat a, vfloat b, vfloat product) {
+#if defined(DPDIFF_AVX512)
+  return (vfloat)_mm512_fmsub_ps((__m512)a, (__m512)b, (__m512)product);
+#elif defined(DPDIFF_AVX2)
+  return (vfloat)_mm256_fmsub_ps((__m256)a, (__m256)b, (__m256)product);
+#else
+  return vfloat{};
+#endif
 }
 
 // log2(x) = whole + part for normal x > 0, part in [-0.5, 0.5].
@@ -92,7 +106,7 @@ DPDIFF_INLINE vfloat reduce_rows(Tile& rows, Combine combine) {
   return rows[0];
 }
 
-// A cost in memory. block(...).tile(j, c) loads the tile of columns j on; beyond the edges it is +inf.
+// A cost in memory. block(...).tile(j, c) loads the tile of columns j on, with `beyond` beyond the edges.
 struct DenseCost {
   static constexpr bool kStored = true;  // exp(-cost / eps) is worth keeping
 
@@ -103,7 +117,7 @@ struct DenseCost {
     const float* rows;
     int64_t n_rows, m;
 
-    DPDIFF_INLINE void tile(int64_t j, Tile& c) const {
+    DPDIFF_INLINE void tile(int64_t j, Tile& c, float beyond = INFINITY) const {
       if (n_rows == kWidth && j + kWidth <= m) {
 #pragma GCC unroll 16
         for (int r = 0; r < kWidth; ++r) c[r] = load(rows + r * m + j);
@@ -111,12 +125,11 @@ struct DenseCost {
       }
       const int64_t columns = std::min<int64_t>(kWidth, m - j);
       for (int r = 0; r < kWidth; ++r) {
-        c[r] = broadcast(INFINITY);
+        c[r] = broadcast(beyond);
         if (r < n_rows) memcpy(&c[r], rows + r * m + j, columns * sizeof(float));
       }
     }
   };
 
-  int64_t scratch_floats() const { return 0; }
-  Block block(int64_t i, float*) const { return {cost + i * m, std::min<int64_t>(kWidth, n - i), m}; }
+  Block block(int64_t i) const { return {cost + i * m, std::min<int64_t>(kWidth, n - i), m}; }
 };

@@ -1,6 +1,9 @@
 """sinkhorn and sinkhorn_points against POT, against formulas written out, and against their own definition."""
 
 import math
+import os
+import subprocess
+import sys
 
 import numpy as np
 import ot
@@ -514,6 +517,95 @@ def test_gradients_with_zero_weights_and_forbidden_pairs_are_finite(backend):
     assert grads[0][0, 1, 2] == 0 and (grads[1][:, 3] == 0).all() and (grads[2][:, 4] == 0).all()
 
 
+def gradients(inputs, backend, outputs=("plan", "f", "g", "cost", "value"), **options):
+    """Gradients of a random functional of the outputs with respect to cost, a and b."""
+    inputs = [x.detach().clone().requires_grad_() for x in inputs]
+    t = dk.sinkhorn(*inputs, **options, backend=backend)
+    generator = torch.Generator().manual_seed(7)
+    total = 0.0
+    for name in outputs:
+        result = getattr(t, name)
+        weight = torch.randn(result.shape, generator=generator, dtype=torch.float64).to(result.dtype)
+        total = total + (result.masked_fill(result == math.inf, 0) * weight).sum()
+    return torch.autograd.grad(total, inputs)
+
+
+def assert_gradients_agree(inputs, rtol=1e-4, **options):
+    results = gradients(inputs, "cpp", **options)
+    expected = gradients([x.double() for x in inputs], "reference", **options)
+    for x, y in zip(results, expected):
+        atol = rtol * y.abs().max().item() if y.numel() else 0.0
+        torch.testing.assert_close(x.double(), y, rtol=rtol, atol=atol)
+
+
+needs_cpp = pytest.mark.skipif("cpp" not in BACKENDS, reason="the native library is not there")
+
+
+@needs_cpp
+@pytest.mark.parametrize(
+    "outputs", [("plan",), ("f",), ("g",), ("cost",), ("value",), ("plan", "f", "g", "cost", "value")]
+)
+@pytest.mark.parametrize("tau", [(None, None), (0.5, None), (None, 0.8), (0.5, 0.8)])
+def test_native_gradients_agree_with_the_reference(outputs, tau):
+    inputs = random_problem(2, 21, 18, dtype=torch.float32)
+    for eps in (0.2, 0.01):
+        assert_gradients_agree(inputs, outputs=outputs, eps=eps, n_iters=6, tau_a=tau[0], tau_b=tau[1])
+
+
+@needs_cpp
+@pytest.mark.parametrize("shape", [(1, 1), (1, 5), (5, 1), (2, 40, 33), (0, 3, 4), (2, 0, 4), (3, 4, 0)])
+def test_native_gradients_of_any_shape(shape):
+    assert_gradients_agree(
+        random_problem(*shape, dtype=torch.float32), outputs=("plan", "f", "g", "cost"), eps=0.1, n_iters=4
+    )
+
+
+@needs_cpp
+def test_native_gradients_at_small_eps():
+    assert_gradients_agree(random_problem(2, 30, 25, dtype=torch.float32), eps=1e-3, n_iters=12, rtol=1e-3)
+
+
+@needs_cpp
+def test_native_gradients_of_problems_that_stop_early():
+    cost, a, b = random_problem(3, 12, 10, dtype=torch.float32)
+    cost = cost * torch.tensor([0.1, 1.0, 3.0])[:, None, None]
+    assert_gradients_agree((cost, a, b), eps=0.1, n_iters=30, tol=1e-2)
+
+
+@needs_cpp
+@pytest.mark.parametrize("tau", [(None, None), (0.5, 0.8)])
+def test_native_gradients_with_zero_weights_and_forbidden_pairs(tau):
+    cost, a, b = random_problem(2, 12, 10, dtype=torch.float32)
+    cost[0, 1, 2:5] = cost[1, 3] = cost[1, :, 4] = math.inf
+    a[:, 5] = b[:, 7] = 0
+    inputs = cost, normalised(a), normalised(b)
+    assert_gradients_agree(inputs, outputs=("plan", "f", "g", "cost"), eps=0.1, n_iters=5, tau_a=tau[0], tau_b=tau[1])
+
+
+@needs_cpp
+def test_native_gradients_of_large_problems_run_in_chunks():
+    assert_gradients_agree(random_problem(300, 500, dtype=torch.float32), eps=0.1, n_iters=3, rtol=1e-3)
+
+
+@needs_cpp
+def test_second_derivatives():
+    """Of value they are there; of the rest an error says where."""
+    inputs = [x.requires_grad_() for x in random_problem(5, 4, dtype=torch.float32)]
+
+    def hessian_product(backend, inputs):
+        value = dk.sinkhorn(*inputs, eps=0.3, n_iters=60, backend=backend).value
+        first = torch.autograd.grad(value, inputs, create_graph=True)
+        return torch.autograd.grad(sum(x.square().sum() for x in first), inputs)
+
+    doubles = [x.detach().double().requires_grad_() for x in inputs]
+    for x, y in zip(hessian_product("cpp", inputs), hessian_product("reference", doubles)):
+        torch.testing.assert_close(x, y.float(), rtol=1e-4, atol=1e-5)
+    plan = dk.sinkhorn(*inputs, n_iters=3).plan
+    (grad,) = torch.autograd.grad(plan.square().sum(), inputs[0], create_graph=True)
+    with pytest.raises(NotImplementedError, match="backend='reference'"):
+        grad.sum().backward()
+
+
 def test_backward_stores_no_plan_per_iteration():
     cost = torch.rand(50, 40, dtype=torch.float64, requires_grad=True)
     counts = []
@@ -596,6 +688,53 @@ def test_gradcheck_of_points(metric, monkeypatch):
     assert torch.autograd.gradcheck(value, [*inputs[:4], inputs[4].detach()])
 
 
+def points_gradients(inputs, backend, outputs, **options):
+    x, y, a, b, v = inputs = [z.detach().clone().requires_grad_() for z in inputs]
+    u = dk.sinkhorn_points(x, y, a, b, **options, backend=backend)
+    results = {"value": u.value, "f": u.f, "g": u.g, "applied": u.apply(v)}
+    generator = torch.Generator().manual_seed(7)
+    total = 0.0
+    for name in outputs:
+        weight = torch.randn(results[name].shape, generator=generator, dtype=torch.float64)
+        total = total + (results[name] * weight).sum()
+    return torch.autograd.grad(total, inputs, allow_unused=True)
+
+
+@needs_cpp
+@pytest.mark.parametrize("metric", ["l2", "cosine"])
+@pytest.mark.parametrize("outputs", [("value",), ("f",), ("g",), ("applied",), ("value", "f", "g", "applied")])
+@pytest.mark.parametrize("tau", [(None, None), (0.9, 2.0)])
+def test_native_gradients_of_points_agree_with_the_reference(metric, outputs, tau):
+    for batch, n, m, d in ((2, 21, 18, 5), (1, 300, 270, 3), (2, 1, 3, 2)):
+        _, a, b = random_problem(batch, n, m, dtype=torch.float32)
+        inputs = *points(n, m, d, batch, dtype=torch.float32), a, b, torch.randn(batch, m, 4)
+        options = {"eps": 0.3, "n_iters": 4, "metric": metric, "tau_a": tau[0], "tau_b": tau[1]}
+        results = points_gradients(inputs, "cpp", outputs, **options)
+        expected = points_gradients([z.double() for z in inputs], "reference", outputs, **options)
+        for z, w in zip(results, expected):
+            if w is None:
+                assert z is None or not z.any()
+            else:
+                torch.testing.assert_close(z.double(), w, rtol=2e-4, atol=2e-4 * w.abs().max().item() + 1e-5)
+
+
+@needs_cpp
+def test_points_never_hold_the_cost():
+    """Peak memory of a process that solves 4,000 x 4,000 (64 MB of cost) and differentiates its value."""
+    code = """
+import resource, torch, dpdiff_kernels as dk
+torch.set_num_threads(1)
+x, y = torch.rand(4000, 3, requires_grad=True), torch.rand(4000, 3)
+dk.sinkhorn_points(x[:64], y[:64], n_iters=2).value.backward()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+u = dk.sinkhorn_points(x, y, n_iters=2)
+(u.value + u.apply(y).sum()).backward()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(run.stdout) < 16 * 1024  # kB
+
+
 @each_backend
 @pytest.mark.parametrize("metric", ["l2", "cosine"])
 def test_points_bad_input(backend, metric):
@@ -673,6 +812,105 @@ def test_exports(backend):
     inputs = tuple(torch.cat([z, z, z]) for z in inputs)
     for result, expected in zip(program.module()(*inputs), Model()(*inputs)):
         torch.testing.assert_close(result, expected)
+
+
+@needs_cpp
+@pytest.mark.parametrize("shape", [(2, 6, 5), (0, 3, 4), (1, 0, 2)])
+def test_opcheck(shape):
+    cost, a, b = (x.requires_grad_() for x in random_problem(*shape, dtype=torch.float32))
+    for tol, tau, plan in ((None, None, True), (1e-2, 0.5, False)):
+        if not plan:
+            cost = cost.detach()
+            a, b = a.detach(), b.detach()
+        torch.library.opcheck(torch.ops.dpdiff.sinkhorn.default, (cost, a, b, 0.1, 4, tol, tau, tau, plan))
+    used = torch.full(shape[:1], 4)
+    args = cost, a, b, used, torch.rand(shape), torch.rand(a.shape), None, torch.rand(shape[:1]), 0.1, None, 0.5
+    torch.library.opcheck(torch.ops.dpdiff.sinkhorn_backward.default, args)
+
+
+@needs_cpp
+@pytest.mark.parametrize("shape", [(2, 6, 5, 3), (0, 3, 4, 2), (1, 0, 2, 1), (1, 2, 3, 0)])
+def test_opcheck_of_points(shape):
+    batch, n, m, d = shape
+    _, a, b = random_problem(batch, n, m, dtype=torch.float32)
+    x, y = (z.requires_grad_() for z in points(n, m, d, batch, dtype=torch.float32))
+    ops = torch.ops.dpdiff
+    torch.library.opcheck(ops.sinkhorn_points.default, (x, y, a, b, 0.5, 3, 1e-3, None, 0.7, "l2"))
+    h_x, h_y = torch.randn(batch, n).double(), torch.randn(batch, m).double().requires_grad_()
+    v = torch.randn(batch, m, 2, requires_grad=True)
+    torch.library.opcheck(ops.sinkhorn_apply.default, (x, y, h_x, h_y, v, 0.5, "cosine"))
+    x, y, h_y, v = (z.detach() for z in (x, y, h_y, v))
+    used = torch.full((batch,), 3)
+    args = x, y, a, b, used, torch.randn(batch, n), None, 0.5, None, 0.7, "l2"
+    torch.library.opcheck(ops.sinkhorn_points_backward.default, args)
+    torch.library.opcheck(
+        ops.sinkhorn_apply_backward.default, (torch.randn(batch, n, 2), x, y, h_x, h_y, v, 0.5, "cosine")
+    )
+
+
+ON_ONE_INSTRUCTION_SET = """
+import sys, torch, dpdiff_kernels as dk
+assert torch.ops.dpdiff.cpu_capability() == sys.argv[1], torch.ops.dpdiff.cpu_capability()
+inputs = torch.load(sys.argv[2], weights_only=True)
+results = []
+for options in ({"eps": 0.1}, {"eps": 1e-3, "n_iters": 20}, {"eps": 1e-4, "tau_a": 0.5, "n_iters": 10}):
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    t = dk.sinkhorn(*leaves, **options, backend="cpp")
+    grads = torch.autograd.grad(t.plan.square().sum() + t.value.sum(), leaves)
+    results.append([x.detach() for x in (*t, *grads)])
+torch.save(results, sys.argv[3])
+"""
+
+
+@needs_cpp
+@pytest.mark.parametrize("capability", ["portable", "avx2", "avx512"])
+def test_every_instruction_set(capability, tmp_path):
+    inputs = random_problem(2, 37, 29, dtype=torch.float32)
+    torch.save(inputs, tmp_path / "inputs.pt")
+    command = [
+        sys.executable,
+        "-c",
+        ON_ONE_INSTRUCTION_SET,
+        capability,
+        tmp_path / "inputs.pt",
+        tmp_path / "results.pt",
+    ]
+    run = subprocess.run(
+        command, env={**os.environ, "DPDIFF_CPU_CAPABILITY": capability}, capture_output=True, text=True, check=False
+    )
+    if "AssertionError" in run.stderr:
+        pytest.skip(f"this processor has no {capability}")
+    assert run.returncode == 0, run.stderr
+    all_results = torch.load(tmp_path / "results.pt", weights_only=True)
+    all_options = ({"eps": 0.1}, {"eps": 1e-3, "n_iters": 20}, {"eps": 1e-4, "tau_a": 0.5, "n_iters": 10})
+    for results, options in zip(all_results, all_options):
+        leaves = [x.double().requires_grad_() for x in inputs]
+        t = dk.sinkhorn(*leaves, **options)
+        grads = torch.autograd.grad(t.plan.square().sum() + t.value.sum(), leaves)
+        for name, x, y in zip((*t._fields, "grad_cost", "grad_a", "grad_b"), results, (*t, *grads)):
+            rtol = 2e-3 if name.startswith("grad") and options["eps"] < 0.01 else 1e-4
+            atol = rtol * y.abs().max().item() if name.startswith("grad") else 2e-6
+            torch.testing.assert_close(
+                x.double(), y.detach().double(), rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}"
+            )
+
+
+@needs_cpp
+@pytest.mark.parametrize("shape", [(5, 40, 30), (1, 700, 600)])
+def test_same_bits_on_any_number_of_threads(shape):
+    inputs = random_problem(*shape, dtype=torch.float32)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            leaves = [x.clone().requires_grad_() for x in inputs]
+            t = dk.sinkhorn(*leaves, eps=5e-3, n_iters=10, backend="cpp")
+            results.append([*t, *torch.autograd.grad(t.plan.square().sum() + t.value.sum(), leaves)])
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(results[0], other))
 
 
 @each_backend
