@@ -125,8 +125,9 @@ def sinkhorn(
     Gradients reach cost, a and b. Through `value` by the envelope theorem, at the price of one pass: the plan for cost,
     f + eps (sum b - 1) for a, g + eps (sum a - 1) for b (the potentials, for weights that sum to 1); exact at
     convergence. Through plan, cost, f and g as exact derivatives of the iterations that ran, converged or not: the
-    backward pass runs them again, and holds n_iters (N + M) numbers at a time, never n_iters N M. There, zero weights
-    and infinite costs get a zero gradient.
+    backward pass runs them again and holds n_iters (N + M) numbers (cpp: of one problem per thread at a time), never
+    n_iters N M. There, zero weights and infinite costs get a zero gradient. Second derivatives: on cpp those of value
+    only, on the reference all.
 
     Work: O(N M) per iteration.
 
@@ -201,7 +202,7 @@ def sinkhorn_points(
 
     Gradients reach x, y, a and b through value (by the envelope theorem, two passes over the pairs), through f and g
     (exact derivatives of the iterations that ran, which the backward pass runs again: O(n_iters (N + M)) memory) and
-    through apply.
+    through apply. Second derivatives: on the reference.
 
     Work: O(N M D) per iteration. Memory beyond the inputs: O(N + M) and a block of the cost.
 
