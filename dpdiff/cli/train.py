@@ -73,9 +73,8 @@ def train(
 
     from dpdiff import training
 
-    fit = {"max_steps": steps, "batch_size": batch_size, "lr": lr, "seed": seed}
-    fit |= {"checkpoint_interval": checkpoint_interval}
-    fit |= {"devices": devices, "accelerator": accelerator, "precision": precision}
+    fit = {"max_steps": steps, "batch_size": batch_size, "lr": lr, "checkpoint_interval": checkpoint_interval}
+    fit |= {"seed": seed, "devices": devices, "accelerator": accelerator, "precision": precision}
     fit = {name: value for name, value in fit.items() if value is not None}
     record = {"data": data if is_products(data) else os.path.abspath(data), "on_corrupt": on_corrupt, "model": model}
     record |= defaults(cls) | options | defaults(training.train) | fit
