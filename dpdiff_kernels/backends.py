@@ -10,6 +10,7 @@ import platform
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,14 +40,24 @@ def _load_library() -> Backend:
     return Backend(True, f"{libraries[0].name}, {torch.ops.dpdiff.cpu_capability()} instructions")
 
 
+def _interpreted() -> bool:
+    """Whether Triton kernels run in its interpreter, on CPU tensors: slow, for tests."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@cache
 def _find_triton() -> Backend:
-    if not torch.cuda.is_available():
+    if not _interpreted() and not torch.cuda.is_available():
         return Backend(False, "torch sees no CUDA device")
     try:
         import triton
     except ImportError as error:
         return Backend(False, f"triton does not import: {error}")
-    return Backend(False, f"no operator has a Triton kernel in this version (triton {triton.__version__} is there)")
+    if _interpreted():
+        return Backend(True, f"triton {triton.__version__}, interpreted, on CPU tensors (TRITON_INTERPRET)")
+    if not torch.version.hip and torch.cuda.get_device_capability() < (8, 0):
+        return Backend(False, "the CUDA device is older than compute capability 8.0")
+    return Backend(True, f"triton {triton.__version__}")
 
 
 def _find_cuda() -> Backend:
@@ -126,14 +137,17 @@ def select(backend: str | None, implemented: tuple[str, ...], *tensors: torch.Te
         return backend
     if device == "cpu" and not _LIBRARY and "cpp" in implemented:
         _warn_once()
-    return possible[0]
+    return next(name for name in possible if not (name == "triton" and _interpreted()))
 
 
+@torch.compiler.assume_constant_result  # torch.compile need not look into how Triton is found
 def _runs_on(name: str, device: str) -> bool:
     if name == "reference":
         return True
     if name == "cpp":
         return device == "cpu" and _LIBRARY.available
+    if name == "triton" and _interpreted():
+        return device == "cpu" and _find_triton().available
     return device == "cuda" and backends()[name].available
 
 

@@ -26,8 +26,19 @@ def test_every_backend_says_whether_and_why():
     assert list(found) == ["reference", "cpp", "triton", "cuda"]
     assert found["reference"].available
     assert all(backend.reason for backend in found.values())
-    if not torch.cuda.is_available():
-        assert not found["triton"].available and "CUDA" in found["triton"].reason
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is there")
+def test_without_a_gpu_triton_is_available_in_its_interpreter_only():
+    code = "import dpdiff_kernels as dk; print(dk.backends()['triton'])"
+    assert "available=False" in run(code, TRITON_INTERPRET="0").stdout
+    assert "no CUDA device" in run(code, TRITON_INTERPRET="0").stdout
+    pytest.importorskip("triton")
+    assert "available=True" in run(code, TRITON_INTERPRET="1").stdout
+
+
+def test_the_interpreter_is_never_chosen_by_itself():
+    assert module.select(None, ("triton", "cpp", "reference"), TOKENS) != "triton"
 
 
 @pytest.mark.skipif(os.environ.get("DPDIFF_BUILD_EXTENSION") == "0", reason="a pure-Python install was asked for")
@@ -75,8 +86,8 @@ def test_unknown_backends(name, monkeypatch):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_an_unavailable_backend_says_why():
-    with pytest.raises(ValueError, match=r"triton.*no CUDA device"):
-        dk.nearest_prototype(TOKENS, PROTOTYPES, backend="triton")
+    with pytest.raises(ValueError, match=r"cuda.*no CUDA device"):
+        dk.nearest_prototype(TOKENS, PROTOTYPES, backend="cuda")
 
 
 def test_compiled_code_follows_the_choice():
@@ -84,7 +95,7 @@ def test_compiled_code_follows_the_choice():
 
     @torch.compile(fullgraph=True, backend="eager")
     def which(x):
-        return x + (1 if module.select(None, ("cpp", "reference"), x) == "cpp" else 2)
+        return x + (1 if module.select(None, ("triton", "cpp", "reference"), x) == "cpp" else 2)
 
     assert which(torch.zeros(1)) == 1
     with dk.use_backend("reference"):
