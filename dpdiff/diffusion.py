@@ -51,9 +51,9 @@ class Diffusion:
         """
         timesteps = [round(timestep - (timestep - min_timestep) * i / n_steps) for i in range(n_steps)]
         abar = self.scheduler.alphas_cumprod.to(x.device)
-        x = self.add_noise(x, noise, torch.full((len(x),), timestep, device=x.device))
+        x = self.add_noise(x, noise, torch.full((x.shape[0],), timestep, device=x.device))
         for t, t_previous in zip(timesteps, [*timesteps[1:], -1]):
-            x0 = predict(x, torch.full((len(x),), t, device=x.device))
+            x0 = predict(x, torch.full((x.shape[0],), t, device=x.device))
             if t_previous < 0:
                 return x0
             eps = (x - abar[t].sqrt() * x0) / (1 - abar[t]).sqrt()

@@ -13,6 +13,7 @@ import typer
 
 from dpdiff.cli.demo import demo
 from dpdiff.cli.evaluate import evaluate
+from dpdiff.cli.export import export
 from dpdiff.cli.info import info
 from dpdiff.cli.predict import predict
 from dpdiff.cli.train import train
@@ -27,7 +28,7 @@ _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _UsageError = typer.BadParameter.__base__  # click's; newer typers bring it along under another name
 
 app = typer.Typer(rich_markup_mode="markdown", pretty_exceptions_enable=False, add_completion=False)
-for command in (train, evaluate, predict, demo, info):
+for command in (train, evaluate, predict, export, demo, info):
     app.command()(command)
 
 

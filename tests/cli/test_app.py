@@ -11,7 +11,7 @@ import pytest
 import dpdiff as package
 from dpdiff import evaluation
 
-COMMANDS = ("train", "evaluate", "predict", "demo", "info")
+COMMANDS = ("train", "evaluate", "predict", "export", "demo", "info")
 
 
 def test_help_lists_every_command_with_an_example_each(dpdiff):
@@ -130,7 +130,7 @@ def test_info_shows_what_a_weights_file_holds(dpdiff, weights):
     assert header["config"] == package.load(weights).config
 
 
-@pytest.mark.parametrize("command", ["info", "evaluate", "predict"])
+@pytest.mark.parametrize("command", ["info", "evaluate", "predict", "export"])
 def test_weights_that_are_none_are_refused(dpdiff, data, weights, tmp_path, command):
     import safetensors.torch
     import torch
@@ -144,7 +144,12 @@ def test_weights_that_are_none_are_refused(dpdiff, data, weights, tmp_path, comm
     (tmp_path / "folder").mkdir()
     files = sorted(tmp_path.iterdir())
     out = tmp_path / "out"
-    rest = {"info": [], "evaluate": ["--data", data, "--json", out], "predict": [data / "bolt", "--out", out]}[command]
+    rest = {
+        "info": [],
+        "evaluate": ["--data", data, "--json", out],
+        "predict": [data / "bolt", "--out", out],
+        "export": ["--out", out],
+    }[command]
     for file in (*files, tmp_path / "missing.safetensors"):
         outcome = dpdiff(command, *rest, "--weights", file)
         assert outcome.code == 2, file
