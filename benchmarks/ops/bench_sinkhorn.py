@@ -1,0 +1,262 @@
+"""sinkhorn and sinkhorn_points beside their rivals, in one run, on CPU:
+
+    pytest benchmarks/ops/bench_sinkhorn.py --benchmark-group-by=group --benchmark-columns=median,min,rounds
+
+Every group is one case on float32 inputs, and its table gives each rival's ratio. Costs are uniform in [0, 1]. Rivals
+are POT, loops in PyTorch and NumPy written as a careful user would, eager and compiled, and KeOps. Each plan is checked
+against float64 with a tolerance that tells whether the rival computes the same thing at all.
+"""
+
+import resource
+from collections.abc import Callable
+
+import numpy as np
+import ot
+import pytest
+import torch
+from torch import Tensor
+
+import dpdiff_kernels as dk
+
+THREADS = 2
+
+
+@pytest.fixture(autouse=True)
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(THREADS)
+    torch.compiler.reset()
+    yield
+    torch.set_num_threads(before)
+
+
+def random_costs(*shape: int) -> Tensor:
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(0))
+
+
+def measure(benchmark, group: str, function: Callable, rounds: int = 7, grad: bool = False) -> None:
+    benchmark.group = group
+    with torch.set_grad_enabled(grad):
+        benchmark.pedantic(function, rounds=rounds, warmup_rounds=1)
+
+
+def check(plan: Tensor, cost: Tensor, eps: float, n_iters: int) -> None:
+    expected = dk.sinkhorn(cost[:2].double(), eps=eps, n_iters=n_iters).plan
+    torch.testing.assert_close(plan[:2].double(), expected, rtol=0, atol=1e-3 * expected.max().item())
+
+
+# ------------------------------------------------------------------------------------------- rivals
+
+
+def scalings_by_products(kernel: Tensor, v: Tensor, a: float, b: float) -> tuple[Tensor, Tensor]:
+    u = a / (kernel @ v.unsqueeze(-1)).squeeze(-1)
+    return u, b / (kernel.mT @ u.unsqueeze(-1)).squeeze(-1)
+
+
+def scalings_by_sums(kernel: Tensor, v: Tensor, a: float, b: float) -> tuple[Tensor, Tensor]:
+    u = a / (kernel * v.unsqueeze(-2)).sum(-1)
+    return u, b / (kernel * u.unsqueeze(-1)).sum(-2)
+
+
+def potentials_by_logsumexp(logits: Tensor, v: Tensor, log_a: float, log_b: float) -> tuple[Tensor, Tensor]:
+    u = log_a - (logits + v.unsqueeze(-2)).logsumexp(-1)
+    return u, log_b - (logits + u.unsqueeze(-1)).logsumexp(-2)
+
+
+def kernel_loop(cost: Tensor, eps: float, n_iters: int, step: Callable = scalings_by_products) -> Tensor:
+    kernel = (cost / -eps).exp()
+    v = torch.ones_like(cost[..., 0, :])
+    for _ in range(n_iters):
+        u, v = step(kernel, v, 1 / cost.shape[-2], 1 / cost.shape[-1])
+    return u.unsqueeze(-1) * kernel * v.unsqueeze(-2)
+
+
+def mv_loop(cost: Tensor, eps: float, n_iters: int) -> Tensor:
+    """A pair of matrix-vector products at a time, problem after problem."""
+    n, m = cost.shape[-2:]
+    plan = (cost / -eps).exp_()
+    for kernel in plan:
+        v = torch.ones(m)
+        for _ in range(n_iters):
+            u = torch.mv(kernel, v).reciprocal_().div_(n)
+            v = torch.mv(kernel.T, u).reciprocal_().div_(m)
+        kernel.mul_(u[:, None]).mul_(v)
+    return plan
+
+
+def log_loop(cost: Tensor, eps: float, n_iters: int, step: Callable = potentials_by_logsumexp) -> Tensor:
+    logits = cost / -eps
+    v = torch.zeros_like(cost[..., 0, :])
+    for _ in range(n_iters):
+        u, v = step(logits, v, -float(np.log(cost.shape[-2])), -float(np.log(cost.shape[-1])))
+    return (u.unsqueeze(-1) + logits + v.unsqueeze(-2)).exp()
+
+
+def compiled(loop: Callable, step: Callable) -> Callable:
+    """The loop around a compiled iteration: compiled as a whole it unrolls, for minutes, to the same code."""
+    step = torch.compile(step, dynamic=False)
+    return lambda cost, eps, n_iters: loop(cost, eps, n_iters, step)
+
+
+def pot_batch(method: str) -> Callable:
+    def solve(cost: Tensor, eps: float, n_iters: int) -> Tensor:
+        options = {"reg_type": "kl", "grad": "detach", "tol": 0.0}
+        return ot.batch.solve_batch(cost, eps, max_iter=n_iters, method=method, **options).plan
+
+    return solve
+
+
+def dpdiff(cost: Tensor, eps: float, n_iters: int) -> Tensor:
+    return dk.sinkhorn(cost, eps=eps, n_iters=n_iters).plan
+
+
+def batched(contender: str) -> Callable:
+    return {
+        "dpdiff": dpdiff,
+        "ot.batch log": pot_batch("log_sinkhorn"),
+        "ot.batch": pot_batch("sinkhorn"),
+        "batched products": kernel_loop,
+        "mv pairs": mv_loop,
+        "compiled products": compiled(kernel_loop, scalings_by_products),
+        "compiled sums": compiled(kernel_loop, scalings_by_sums),
+        "log loop": log_loop,
+        "compiled log loop": compiled(log_loop, potentials_by_logsumexp),
+    }[contender]
+
+
+TORCH_LOOPS = ["batched products", "mv pairs", "compiled products", "compiled sums"]
+
+
+# ------------------------------------------------------------------------------------------- from costs
+
+
+@pytest.mark.parametrize("contender", ["dpdiff", "ot.batch log", "ot.batch", *TORCH_LOOPS])
+@pytest.mark.parametrize("shape", [(32, 784, 128), (512, 32, 32)], ids=["784x128", "32x32"])
+def test_many_problems(benchmark, shape, contender):
+    cost, solve = random_costs(*shape), batched(contender)
+    check(solve(cost, 0.05, 50), cost, 0.05, 50)
+    measure(benchmark, f"{shape[0]} problems of {shape[1]} x {shape[2]}, eps 0.05", lambda: solve(cost, 0.05, 50))
+
+
+@pytest.mark.parametrize("contender", ["dpdiff", "ot.batch log", "log loop", "compiled log loop"])
+def test_small_eps(benchmark, contender):
+    cost, solve = random_costs(32, 784, 128), batched(contender)
+    check(solve(cost, 1e-3, 50), cost, 1e-3, 50)
+    measure(benchmark, "32 problems of 784 x 128, eps 0.001", lambda: solve(cost, 1e-3, 50), rounds=5)
+
+
+def numpy_loop(cost: np.ndarray, eps: float, n_iters: int) -> np.ndarray:
+    kernel = np.exp(cost / -eps)
+    v = np.ones(cost.shape[1], cost.dtype)
+    for _ in range(n_iters):
+        u = 1 / (cost.shape[0] * (kernel @ v))
+        v = 1 / (cost.shape[1] * (kernel.T @ u))
+    return u[:, None] * kernel * v
+
+
+@pytest.mark.filterwarnings("ignore:Sinkhorn did not converge")
+@pytest.mark.parametrize("contender", ["dpdiff", "numpy", "mv pairs", "ot.sinkhorn", "ot.sinkhorn log"])
+def test_one_large_problem(benchmark, contender):
+    cost = random_costs(1, 4096, 4096)
+    array = cost[0].numpy()
+    weights = np.full(4096, 1 / 4096, np.float32)
+    pot = {"reg": 0.05, "numItermax": 50, "stopThr": 0}
+    run = {
+        "dpdiff": lambda: dpdiff(cost, 0.05, 50)[0].numpy(),
+        "numpy": lambda: numpy_loop(array, 0.05, 50),
+        "mv pairs": lambda: mv_loop(cost, 0.05, 50)[0].numpy(),
+        "ot.sinkhorn": lambda: ot.sinkhorn(weights, weights, array, **pot),
+        "ot.sinkhorn log": lambda: ot.sinkhorn(weights, weights, array, method="sinkhorn_log", **pot),
+    }[contender]
+    plan = run()
+    np.testing.assert_allclose(plan.sum(0), weights, rtol=1e-3)
+    np.testing.assert_allclose(plan.sum(1), weights, rtol=1e-3)
+    measure(benchmark, "4,096 x 4,096, eps 0.05", run, rounds=1 if "log" in contender else 5)
+
+
+@pytest.mark.parametrize("contender", ["forward", "forward, for a gradient", "value and its gradient"])
+@pytest.mark.parametrize("shape", [(32, 784, 128), (512, 32, 32)], ids=["784x128", "32x32"])
+def test_value_and_its_gradient(benchmark, shape, contender):
+    cost = random_costs(*shape)
+    leaf = cost.clone().requires_grad_()
+    run = {
+        "forward": lambda: dk.sinkhorn(cost),
+        "forward, for a gradient": lambda: dk.sinkhorn(leaf),
+        "value and its gradient": lambda: torch.autograd.grad(dk.sinkhorn(leaf).value.sum(), leaf),
+    }[contender]
+    group = f"gradient, {shape[0]} problems of {shape[1]} x {shape[2]}"
+    measure(benchmark, group, run, rounds=15, grad=True)
+
+
+@pytest.mark.parametrize("contender", ["to tol, mixed", "as many iterations in all, shared evenly"])
+def test_early_stopping(benchmark, contender):
+    """Problems from easy to hard, of which each stops by itself; beside the same sum of iterations in equal parts."""
+    cost = random_costs(64, 400, 128) * torch.logspace(-1, 0.9, 64)[:, None, None]
+    used = dk.sinkhorn(cost, n_iters=400, tol=1e-6).n_iters
+    assert used.min() < 10 and used.max() > 30
+    options = {"n_iters": 400, "tol": 1e-6} if "tol" in contender else {"n_iters": round(used.double().mean().item())}
+    benchmark.extra_info["iterations"] = f"{used.min()} to {used.max()}, {used.sum()} in all"
+    measure(benchmark, "tol = 1e-6, easy and hard problems", lambda: dk.sinkhorn(cost, **options), rounds=9)
+
+
+# ------------------------------------------------------------------------------------------- from points
+
+
+def blocked_points(x: Tensor, y: Tensor, eps: float, n_iters: int, block: int = 512) -> tuple[Tensor, Tensor]:
+    """f and g, from blocks of the cost that fit into the cache."""
+
+    def softmin(p: Tensor, q: Tensor, h: Tensor) -> Tensor:
+        shifted = h - q.square().sum(-1) / eps
+        parts = []
+        for rows in p.split(block):
+            parts.append(torch.addmm(shifted, rows, q.T, alpha=2 / eps).logsumexp(-1))
+        return eps * (p.square().sum(-1) / eps - torch.cat(parts))
+
+    log_a, log_b = -np.log(len(x)), -np.log(len(y))
+    g = torch.zeros(len(y))
+    for _ in range(n_iters):
+        f = softmin(x, y, g / eps + log_b)
+        g = softmin(y, x, f / eps + log_a)
+    return f, g
+
+
+def keops_points(x: Tensor, y: Tensor, eps: float, n_iters: int) -> tuple[Tensor, Tensor]:
+    """f and g, by geomloss's online softmin: KeOps' reduction, which streams the cost."""
+    LazyTensor = pytest.importorskip("pykeops.torch").LazyTensor
+
+    def softmin(p: Tensor, q: Tensor, h: Tensor) -> Tensor:
+        cost = ((LazyTensor(p[:, None]) - LazyTensor(q[None])) ** 2).sum(-1)
+        return -eps * (LazyTensor(h[None, :, None]) - cost * (1 / eps)).logsumexp(1).view(-1)
+
+    log_a, log_b = -np.log(len(x)), -np.log(len(y))
+    g = torch.zeros(len(y))
+    for _ in range(n_iters):
+        f = softmin(x, y, g / eps + log_b)
+        g = softmin(y, x, f / eps + log_a)
+    return f, g
+
+
+def dpdiff_points(x: Tensor, y: Tensor, eps: float, n_iters: int, metric: str = "l2") -> tuple[Tensor, Tensor]:
+    return dk.sinkhorn_points(x, y, eps=eps, n_iters=n_iters, metric=metric)[1:3]
+
+
+@pytest.mark.parametrize("contender", ["dpdiff", "dpdiff cosine", "blocked PyTorch", "KeOps"])
+def test_points(benchmark, contender):
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.rand(10_000, 64, generator=generator) for _ in range(2))
+    eps = 0.5
+    solve = {
+        "dpdiff": dpdiff_points,
+        "dpdiff cosine": lambda *args: dpdiff_points(*args, metric="cosine"),
+        "blocked PyTorch": blocked_points,
+        "KeOps": keops_points,
+    }[contender]
+    few, metric = x[:100], "cosine" if "cosine" in contender else "l2"
+    expected = dpdiff_points(few.double(), y.double(), eps, 1, metric)
+    for potential, right in zip(solve(few, y, eps, 1), expected):
+        torch.testing.assert_close(potential.double(), right, rtol=0, atol=1e-4)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    solve(x, y, eps, 1)
+    held = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    benchmark.extra_info["memory"] = f"{held:.0f} MB"
+    measure(benchmark, "points, 10,000 x 10,000, D = 64, 20 iterations", lambda: solve(x, y, eps, 20), rounds=2)
