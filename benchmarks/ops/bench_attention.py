@@ -1,6 +1,6 @@
 """prototype_attention beside scaled_dot_product_attention in each of the forms that a user could give it:
 
-    pytest benchmarks/ops/bench_attention.py --benchmark-columns=median,min --benchmark-sort=min
+    pytest benchmarks/ops/bench_attention.py [--device cuda]
 
 Tokens are (16, 12, 784, 64); banks are shared by the batch. Rivals are eager and compiled, with banks expanded to the
 batch and with the batch folded into the tokens. Every contender's answer is checked against float64 on one image.
@@ -56,13 +56,13 @@ BLENDS = {
 }
 
 
-def operands(dtype: str, *banks: int, gate: bool = False) -> list[Tensor]:
+def operands(device: str, dtype: str, *banks: int, gate: bool = False) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
     shapes = [(BATCH, HEADS, TOKENS, CHANNELS)] + [(HEADS, m, CHANNELS) for m in banks for _ in ("key", "value")]
     tensors = [torch.randn(shape, generator=generator) for shape in shapes]
     if gate:
         tensors.append(torch.rand(BATCH, HEADS, TOKENS, generator=generator))
-    return [t.to(DTYPES[dtype]).requires_grad_() for t in tensors]
+    return [t.to(device, DTYPES[dtype]).requires_grad_() for t in tensors]
 
 
 def check(attention: Callable, tensors: list[Tensor]) -> None:
@@ -74,9 +74,17 @@ def check(attention: Callable, tensors: list[Tensor]) -> None:
     torch.testing.assert_close(out.double(), wanted, rtol=tolerance, atol=tolerance)
 
 
-def run(benchmark, attention: Callable, tensors: list[Tensor], backward: bool) -> None:
+def work(dtype: str, n_prototypes: int, backward: bool) -> dict:
+    """Two products forward; backward the scores again and four more. Bytes of tokens, since banks are small."""
+    products = 7 if backward else 2
+    size = BATCH * HEADS * TOKENS * CHANNELS
+    n_bytes = DTYPES[dtype].itemsize * size * (5 if backward else 2)  # query, out; also out's gradient, out, query's
+    return {"flops": products * 2 * size * n_prototypes, "bytes": n_bytes, "dtype": dtype}
+
+
+def timed(attention: Callable, tensors: list[Tensor], backward: bool) -> Callable:
     check(attention, tensors)
-    grad_out = torch.randn(tensors[0].shape).to(tensors[0].dtype)
+    grad_out = torch.randn(tensors[0].shape).to(tensors[0])
 
     def forward():
         with torch.no_grad():
@@ -85,33 +93,38 @@ def run(benchmark, attention: Callable, tensors: list[Tensor], backward: bool) -
     def forward_and_backward():
         torch.autograd.grad(attention(*tensors), tensors, grad_out)
 
-    benchmark.pedantic(forward_and_backward if backward else forward, rounds=7, warmup_rounds=2)
+    return forward_and_backward if backward else forward
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("m", [256, 1024, 2560])
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward+backward"])
 @pytest.mark.parametrize("contender", ["dpdiff", *RIVALS])
-def test_one_bank(benchmark, contender, backward, m, dtype):
-    benchmark.group = f"{dtype}, M = {m:,}, {'forward + backward' if backward else 'forward'}"
-    run(benchmark, RIVALS.get(contender, dk.prototype_attention), operands(dtype, m), backward)
+def test_one_bank(measure, device, contender, backward, m, dtype):
+    run = timed(RIVALS.get(contender, dk.prototype_attention), operands(device, dtype, m), backward)
+    group = f"{dtype}, M = {m:,}, {'forward + backward' if backward else 'forward'}"
+    measure(group, run, **work(dtype, m, backward))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("contender", ["dpdiff", *BLENDS])
-def test_two_banks(benchmark, contender, dtype):
-    benchmark.group = f"{dtype}, 1,024 and 128 prototypes with gate, forward + backward"
-    run(benchmark, BLENDS.get(contender, dk.prototype_attention), operands(dtype, 1024, 128, gate=True), backward=True)
+def test_two_banks(measure, device, contender, dtype):
+    tensors = operands(device, dtype, 1024, 128, gate=True)
+    run = timed(BLENDS.get(contender, dk.prototype_attention), tensors, backward=True)
+    group = f"{dtype}, 1,024 and 128 prototypes with gate, forward + backward"
+    measure(group, run, **work(dtype, 1024 + 128, True))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("contender", ["dpdiff, 4 of 1,600 groups of 8", "dpdiff, 32 prototypes"])
-def test_routing(benchmark, contender, dtype):
-    benchmark.group = f"{dtype}, 32 prototypes of an image, forward"
+@pytest.mark.parametrize("contender", ["dpdiff", "32 prototypes"])
+def test_routing(measure, device, contender, dtype):
+    """4 of 1,600 groups of 8 for each image, beside as many prototypes when there are no others."""
     routes = {}
-    if "groups" in contender:
+    if contender == "dpdiff":
         draw = torch.Generator().manual_seed(0)
-        routes["groups"] = torch.arange(1600).repeat_interleave(8)
-        routes["active_groups"] = torch.stack([torch.randperm(1600, generator=draw)[:4] for _ in range(BATCH)])
-    tensors = [t.detach() for t in operands(dtype, 12_800 if routes else 32)]
-    benchmark.pedantic(dk.prototype_attention, tensors, routes, rounds=15, warmup_rounds=3)
+        routes["groups"] = torch.arange(1600, device=device).repeat_interleave(8)
+        active = torch.stack([torch.randperm(1600, generator=draw)[:4] for _ in range(BATCH)])
+        routes["active_groups"] = active.to(device)
+    tensors = [t.detach() for t in operands(device, dtype, 12_800 if routes else 32)]
+    run = lambda: dk.prototype_attention(*tensors, **routes)
+    measure(f"{dtype}, 4 active groups of 8, of 1,600 groups, forward", run, **work(dtype, 32, False))

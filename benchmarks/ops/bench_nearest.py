@@ -1,162 +1,189 @@
-"""Nearest prototype beside its rivals, in one run, on CPU:
+"""Nearest prototype beside faiss, scikit-learn and PyTorch, eager and compiled:
 
-    pytest benchmarks/ops/bench_nearest.py --benchmark-group-by=group --benchmark-columns=median,min,rounds
+    pytest benchmarks/ops/bench_nearest.py [--device cuda]
 
-Tokens are (12,544, 768), as of 16 images of 28 x 28; every group is one case, and its table gives each rival's ratio.
+Tokens are (12,544, 768), as of 16 images of 28 x 28. Every contender's answer is compared with float64.
 """
 
-import faiss
+from collections.abc import Callable
+
 import pytest
 import torch
-from sklearn.cluster import KMeans
+from torch import Tensor
 from torch.nn import functional as F
 
 import dpdiff_kernels as dk
 
-THREADS = 2
 N, D = 12_544, 768
+COMPARED = 256  # tokens whose answer is checked
 
 
-@pytest.fixture(autouse=True)
-def two_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(THREADS)
-    faiss.omp_set_num_threads(THREADS)
-    yield
-    torch.set_num_threads(before)
+@pytest.fixture
+def random(device) -> Callable[..., Tensor]:
+    def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
+
+    return draw
 
 
-def random(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+def work(n_prototypes: int, width: int = 4, k: int = 1) -> dict:
+    """Of the scores and what they are computed from; an answer is a score and an int64 index."""
+    n_bytes = width * (N * D + n_prototypes * D) + (4 + 8) * k * N
+    return {"flops": 2 * N * n_prototypes * D, "bytes": n_bytes, "dtype": {4: "float32", 2: "bfloat16"}[width]}
 
 
-def flat_index(prototypes):
+def by_faiss(tokens: Tensor, prototypes: Tensor, k: int) -> Callable:
+    faiss = pytest.importorskip("faiss")
+    if tokens.device.type != "cpu":
+        pytest.skip("faiss is its CPU build here")
     index = faiss.IndexFlatL2(prototypes.shape[1])
     index.add(prototypes.numpy())
-    return index
+    array = tokens.numpy()
+    return lambda: torch.from_numpy(index.search(array, k)[1])
 
 
-def measure(benchmark, group, function):
-    benchmark.group = group
-    benchmark.pedantic(function, rounds=7, warmup_rounds=1)
+def searches(tokens: Tensor, prototypes: Tensor, k: int, contender: str) -> Callable[[], Tensor]:
+    """What finds the indices (N, k) of the nearest."""
+    if contender == "faiss":
+        return by_faiss(tokens, prototypes, k)
+    by_cdist = lambda: torch.cdist(tokens, prototypes).topk(k, largest=False)[1]
+    by_mm = lambda: torch.addmm(prototypes.square().sum(-1), tokens, prototypes.T, alpha=-2).topk(k, largest=False)[1]
+    return {
+        "dpdiff": lambda: dk.nearest_prototype(tokens, prototypes, k=k, metric="l2").indices,
+        "cdist": by_cdist if k > 1 else lambda: torch.cdist(tokens, prototypes).argmin(1),
+        "mm": by_mm,
+        "compiled mm": torch.compile(by_mm, dynamic=False),
+    }[contender]
 
 
-@pytest.mark.parametrize("rival", ["dpdiff", "faiss", "cdist"])
-@pytest.mark.parametrize("n_prototypes", [64, 256, 1024, 4096])
-def test_nearest_l2(benchmark, n_prototypes, rival):
+def check_nearest(indices: Tensor, tokens: Tensor, prototypes: Tensor, k: int) -> None:
+    """The distances of those found are the smallest there are, to float32 rounding."""
+    tokens, indices = tokens[:COMPARED].double(), indices.view(N, k)[:COMPARED].to(tokens.device)
+    distances = torch.cdist(tokens, prototypes.double(), compute_mode="donot_use_mm_for_euclid_dist")
+    torch.testing.assert_close(distances.gather(1, indices), distances.topk(k, largest=False)[0], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("contender", ["dpdiff", "faiss", "cdist", "mm", "compiled mm"])
+@pytest.mark.parametrize(("n_prototypes", "k"), [(64, 1), (256, 1), (1024, 1), (4096, 1), (1024, 4)])
+def test_nearest_l2(measure, random, n_prototypes, k, contender):
     tokens, prototypes = random(N, D), random(n_prototypes, D, seed=1)
-    index, array = flat_index(prototypes), tokens.numpy()
+    run = searches(tokens, prototypes, k, contender)
+    check_nearest(run(), tokens, prototypes, k)
+    measure(f"float32, l2, K = {n_prototypes}, k = {k}", run, **work(n_prototypes, k=k))
+
+
+@pytest.mark.parametrize("contender", ["dpdiff", "mm alone"])
+def test_nearest_bfloat16(measure, random, contender):
+    tokens, prototypes = random(N, D, dtype=torch.bfloat16), random(1024, D, seed=1, dtype=torch.bfloat16)
     run = {
         "dpdiff": lambda: dk.nearest_prototype(tokens, prototypes, metric="l2"),
-        "faiss": lambda: index.search(array, 1),
-        "cdist": lambda: torch.cdist(tokens, prototypes).argmin(1),
-    }[rival]
-    measure(benchmark, f"nearest, float32, l2, K = {n_prototypes}", run)
-
-
-@pytest.mark.parametrize("rival", ["dpdiff", "mm"])
-def test_nearest_bfloat16(benchmark, rival):
-    tokens, prototypes = random(N, D).bfloat16(), random(1024, D, seed=1).bfloat16()
-    run = {
-        "dpdiff": lambda: dk.nearest_prototype(tokens, prototypes, metric="l2"),
-        "mm": lambda: torch.mm(tokens, prototypes.T),
-    }[rival]
-    measure(benchmark, "nearest, bfloat16, K = 1024", run)
-
-
-@pytest.mark.parametrize("rival", ["dpdiff", "faiss"])
-def test_four_nearest(benchmark, rival):
-    tokens, prototypes = random(N, D), random(1024, D, seed=1)
-    index, array = flat_index(prototypes), tokens.numpy()
-    run = {
-        "dpdiff": lambda: dk.nearest_prototype(tokens, prototypes, k=4, metric="l2"),
-        "faiss": lambda: index.search(array, 4),
-    }[rival]
-    measure(benchmark, "nearest, float32, l2, k = 4, K = 1024", run)
+        "mm alone": lambda: torch.mm(tokens, prototypes.T),  # no search at all: less than any rival has to do
+    }[contender]
+    measure("bfloat16, l2, K = 1024", run, **work(1024, width=2))
 
 
 def aggregate_by_cdist(tokens, prototypes, k):
     scores, indices = torch.cdist(tokens, prototypes).square().topk(k, largest=False)
-    if k == 1:
-        return prototypes[indices[:, 0]], scores
-    return torch.einsum("nk,nkd->nd", torch.softmax(-scores, -1), prototypes[indices]), scores
+    return blend(prototypes, scores, indices), scores
 
 
 def aggregate_by_mm(tokens, prototypes, k):
     with torch.no_grad():
         indices = torch.addmm(prototypes.square().sum(-1), tokens, prototypes.T, alpha=-2).topk(k, largest=False)[1]
     scores = (tokens[:, None] - prototypes[indices]).square().sum(-1)
-    if k == 1:
-        return prototypes[indices[:, 0]], scores
-    return torch.einsum("nk,nkd->nd", torch.softmax(-scores, -1), prototypes[indices]), scores
+    return blend(prototypes, scores, indices), scores
 
 
-@pytest.mark.parametrize("rival", ["dpdiff", "cdist", "mm", "compiled cdist", "compiled mm"])
+def blend(prototypes, scores, indices):
+    if scores.shape[1] == 1:
+        return prototypes[indices[:, 0]]
+    return torch.einsum("nk,nkd->nd", torch.softmax(-scores, -1), prototypes[indices])
+
+
+def aggregate_by_dpdiff(tokens, prototypes, k):
+    return dk.aggregate_nearest(tokens, prototypes, k=k, metric="l2", temperature=1.0)[:2]
+
+
+AGGREGATES = {"dpdiff": aggregate_by_dpdiff, "cdist": aggregate_by_cdist, "mm": aggregate_by_mm}
+AGGREGATES |= {f"compiled {name}": torch.compile(AGGREGATES[name], dynamic=False) for name in ("cdist", "mm")}
+
+
+@pytest.mark.parametrize("contender", AGGREGATES)
 @pytest.mark.parametrize("k", [1, 4])
-def test_aggregate_forward_and_backward(benchmark, k, rival):
+def test_aggregate_forward_and_backward(measure, random, k, contender):
     tokens, prototypes = random(N, D).requires_grad_(), random(1024, D, seed=1).requires_grad_()
-    grad_values, grad_scores = random(N, D, seed=2), random(N, k, seed=3)
-    aggregate = {
-        "dpdiff": lambda *operands: dk.aggregate_nearest(*operands, k=k, metric="l2", temperature=1.0)[:2],
-        "cdist": lambda *operands: aggregate_by_cdist(*operands, k),
-        "mm": lambda *operands: aggregate_by_mm(*operands, k),
-    }[rival.removeprefix("compiled ")]
-    if rival.startswith("compiled"):
-        aggregate = torch.compile(aggregate)
-
-    def run():
-        return torch.autograd.grad(aggregate(tokens, prototypes), (tokens, prototypes), (grad_values, grad_scores))
-
-    measure(benchmark, f"aggregate_nearest, forward and backward, l2, k = {k}, K = 1024", run)
+    grads = random(N, D, seed=2), random(N, k, seed=3)
+    aggregate = AGGREGATES[contender]
+    values, scores = aggregate(tokens, prototypes, k)
+    few = [t.detach()[:COMPARED].double() for t in (tokens, values, scores)]
+    wanted = aggregate_by_dpdiff(few[0], prototypes.detach().double(), k)
+    torch.testing.assert_close(few[1], wanted[0], rtol=1e-2, atol=1e-2)  # near ties weigh in
+    torch.testing.assert_close(few[2], wanted[1], rtol=1e-4, atol=1e-4)
+    run = lambda: torch.autograd.grad(aggregate(tokens, prototypes, k), (tokens, prototypes), grads)
+    # Read tokens and two gradients, write values and one gradient of that size.
+    n_bytes = 4 * (5 * N * D + 2 * 1024 * D)
+    measure(f"aggregate_nearest, forward + backward, k = {k}, K = 1024", run, **work(1024) | {"bytes": n_bytes})
 
 
-@pytest.mark.parametrize("rival", ["prototype_statistics", "nearest_prototype"])
+@pytest.mark.parametrize("contender", ["dpdiff", "nearest_prototype alone"])
 @pytest.mark.parametrize("n_prototypes", [256, 1024])
-def test_statistics(benchmark, n_prototypes, rival):
+def test_statistics(measure, random, n_prototypes, contender):
     tokens, prototypes = random(N, D), random(n_prototypes, D, seed=1)
     run = {
-        "prototype_statistics": lambda: dk.prototype_statistics(tokens, prototypes),
-        "nearest_prototype": lambda: dk.nearest_prototype(tokens, prototypes, metric="l2"),
-    }[rival]
-    measure(benchmark, f"statistics beside nearest alone, K = {n_prototypes}", run)
+        "dpdiff": lambda: dk.prototype_statistics(tokens, prototypes),
+        "nearest_prototype alone": lambda: dk.nearest_prototype(tokens, prototypes, metric="l2"),
+    }[contender]
+    measure(f"prototype_statistics, K = {n_prototypes}", run, **work(n_prototypes))
 
 
-def lloyd_by_faiss(array, init, n_iters):
-    clustering = faiss.Clustering(array.shape[1], len(init))
-    clustering.niter, clustering.max_points_per_centroid = n_iters, len(array)
-    clustering.min_points_per_centroid = 1
-    faiss.copy_array_to_vector(init.ravel(), clustering.centroids)
-    clustering.train(array, faiss.IndexFlatL2(array.shape[1]))
+def lloyd_by_faiss(tokens: Tensor, init: Tensor, n_iters: int) -> Callable:
+    faiss = pytest.importorskip("faiss")
+    array, centroids = tokens.cpu().numpy(), init.cpu().numpy()
+
+    def run():
+        clustering = faiss.Clustering(array.shape[1], len(centroids))
+        clustering.niter, clustering.max_points_per_centroid = n_iters, len(array)
+        clustering.min_points_per_centroid = 1
+        faiss.copy_array_to_vector(centroids.ravel(), clustering.centroids)
+        clustering.train(array, faiss.IndexFlatL2(array.shape[1]))
+
+    return run
 
 
-@pytest.mark.parametrize("rival", ["dpdiff", "scikit-learn", "faiss"])
-def test_ten_lloyd_iterations(benchmark, rival):
+def lloyd_by_sklearn(tokens: Tensor, init: Tensor, n_iters: int) -> Callable:
+    cluster = pytest.importorskip("sklearn.cluster")
+    array, centroids = tokens.cpu().numpy(), init.cpu().numpy()
+    options = {"n_init": 1, "max_iter": n_iters, "tol": 0, "algorithm": "lloyd"}
+    return lambda: cluster.KMeans(len(centroids), init=centroids, **options).fit(array)
+
+
+@pytest.mark.parametrize("contender", ["dpdiff", "scikit-learn", "faiss"])
+def test_ten_lloyd_iterations(measure, random, contender):
     tokens = random(N, D)
     init = tokens[:256].clone()
-    array, init_array = tokens.numpy(), init.numpy()
-    run = {
-        "dpdiff": lambda: dk.kmeans(tokens, 256, n_iters=10, init=init),
-        "scikit-learn": lambda: KMeans(256, init=init_array, n_init=1, max_iter=10, tol=0, algorithm="lloyd").fit(
-            array
-        ),
-        "faiss": lambda: lloyd_by_faiss(array, init_array, 10),
-    }[rival]
-    benchmark.group = "10 Lloyd iterations, K = 256"
-    benchmark.pedantic(run, rounds=3, warmup_rounds=1)
+    if contender == "dpdiff":
+        run = lambda: dk.kmeans(tokens, 256, n_iters=10, init=init)
+    else:
+        run = {"scikit-learn": lloyd_by_sklearn, "faiss": lloyd_by_faiss}[contender](tokens, init, 10)
+    measure("10 Lloyd iterations, K = 256", run, **{**work(256), "flops": 10 * work(256)["flops"]})
 
 
-@pytest.mark.parametrize("n_groups", [10, 1600])
-def test_routing(benchmark, n_groups):
+@pytest.mark.parametrize("contender", ["dpdiff", "80 prototypes"])
+def test_routing(measure, random, contender):
     """Ten active groups of 8 of 1,600 for each of 16 images, beside as many when there are no others."""
+    n_groups = 1600 if contender == "dpdiff" else 10
     tokens, prototypes = random(16, N // 16, D), random(8 * n_groups, D, seed=1)
-    groups = torch.arange(8 * n_groups) // 8
-    generator = torch.Generator().manual_seed(2)
-    active = torch.stack([torch.randperm(n_groups, generator=generator)[:10] for _ in range(16)])
+    groups = torch.arange(8 * n_groups, device=tokens.device) // 8
+    draw = torch.Generator().manual_seed(2)
+    active = torch.stack([torch.randperm(n_groups, generator=draw)[:10] for _ in range(16)]).to(tokens.device)
     run = lambda: dk.nearest_prototype(tokens, prototypes, metric="l2", groups=groups, active_groups=active)
-    measure(benchmark, "10 active groups of 8, of 10 and of 1600", run)
+    measure("10 active groups of 8, of 1,600 groups", run, **work(80))
 
 
-@pytest.mark.parametrize("metric", ["cosine", "dot", "l2"])
-def test_metrics(benchmark, metric):
+@pytest.mark.parametrize("contender", ["dpdiff", "l2"])
+@pytest.mark.parametrize("metric", ["cosine", "dot"])
+def test_metrics(measure, random, metric, contender):
     tokens, prototypes = F.normalize(random(N, D), dim=-1), F.normalize(random(1024, D, seed=1), dim=-1)
-    measure(benchmark, "metrics, K = 1024", lambda: dk.nearest_prototype(tokens, prototypes, metric=metric))
+    metric_of_contender = metric if contender == "dpdiff" else "l2"
+    run = lambda: dk.nearest_prototype(tokens, prototypes, metric=metric_of_contender)
+    measure(f"{metric}, K = 1024", run, **work(1024))

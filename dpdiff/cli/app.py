@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from dpdiff.cli.bench import bench
 from dpdiff.cli.demo import demo
 from dpdiff.cli.evaluate import evaluate
 from dpdiff.cli.export import export
@@ -30,6 +31,7 @@ _UsageError = typer.BadParameter.__base__  # click's; newer typers bring it alon
 app = typer.Typer(rich_markup_mode="markdown", pretty_exceptions_enable=False, add_completion=False)
 for command in (train, evaluate, predict, export, demo, info):
     app.command()(command)
+app.add_typer(bench, name="bench")
 
 
 @app.callback(invoke_without_command=True)

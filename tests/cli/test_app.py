@@ -11,7 +11,7 @@ import pytest
 import dpdiff as package
 from dpdiff import evaluation
 
-COMMANDS = ("train", "evaluate", "predict", "export", "demo", "info")
+COMMANDS = ("train", "evaluate", "predict", "export", "bench", "demo", "info")
 
 
 def test_help_lists_every_command_with_an_example_each(dpdiff):

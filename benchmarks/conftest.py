@@ -1,0 +1,131 @@
+"""What all benchmarks share: device, threads, how long and how they are timed, and what is kept of each.
+
+A benchmark is a pytest-benchmark test whose parameter `contender` is "dpdiff" or a rival's name and which is run by the
+fixture `measure`. Tests with the same group are one case, and their times are compared.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Callable, Generator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+if str(ROOT) not in sys.path:
+    sys.path.append(str(ROOT))  # last: an installed dpdiff keeps its place
+
+from benchmarks import results  # noqa: E402
+from benchmarks.limits import Limits, measure_limits, synchronize  # noqa: E402
+
+_RECORD = pytest.StashKey[results.Record]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("dpdiff")
+    group.addoption("--device", choices=("cpu", "cuda"), default="cpu", help="where operands lie (default: cpu)")
+    group.addoption("--threads", type=int, default=processors(), help="of the processor (default: all)")
+    group.addoption("--budget", type=float, default=1.0, help="seconds of timing per contender (default: 1)")
+    group.addoption("--results", metavar="FILE", help="write cases, ratios, limits and what was skipped, as JSON")
+
+
+def processors() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("device") == "cuda" and not torch.cuda.is_available():
+        raise pytest.UsageError("--device cuda: torch sees no CUDA device")
+    config.stash[_RECORD] = results.Record()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    timer = _cuda_timer if config.getoption("device") == "cuda" else time.perf_counter
+    for item in items:
+        item.add_marker(pytest.mark.benchmark(timer=timer))
+
+
+def _cuda_timer() -> float:
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator:
+    report = yield
+    if report.skipped:
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        name = getattr(item, "callspec", None) and item.callspec.params.get("contender")
+        item.config.stash[_RECORD].skipped[str(name or item.nodeid)] = reason.removeprefix("Skipped: ")
+    return report
+
+
+@pytest.hookimpl(trylast=True)  # after the tables of pytest-benchmark
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    record = config.stash[_RECORD]
+    if record.measurements:
+        found = results.assemble(record, record.limits, ["pytest", *config.invocation_params.args])
+        terminalreporter.write(results.table(found))
+        if config.getoption("results"):
+            results.save(found, config.getoption("results"))
+
+
+@pytest.fixture(scope="session")
+def device(request: pytest.FixtureRequest) -> str:
+    """ "cpu" or "cuda": where a benchmark's operands lie."""
+    return request.config.getoption("device")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def limits(request: pytest.FixtureRequest, device: str) -> Limits:
+    """This machine's limits, measured before all else, with the threads that every library is to use."""
+    threads = request.config.getoption("threads")
+    torch.set_num_threads(threads)
+    with contextlib.suppress(ImportError):
+        import faiss
+        import sklearn  # noqa: F401
+        from threadpoolctl import threadpool_limits
+
+        faiss.omp_set_num_threads(threads)
+        threadpool_limits(threads)  # of all that is loaded by now
+    found = request.config.stash[_RECORD].limits = measure_limits(device)
+    return found
+
+
+@pytest.fixture
+def measure(benchmark, request: pytest.FixtureRequest, device: str) -> Callable[..., None]:
+    """`measure(group, run, flops=, bytes=, dtype=)` times `run()` and keeps its median.
+
+    Args:
+        group: the case, a short text; the same for all contenders.
+        flops: operations (two per multiply-add) of the matrix products that any implementation has to do, and
+        bytes: operands read once and results written once. Both may be left out where they mean nothing.
+        dtype: of the operands: which measured rate bounds the operations.
+    """
+    contender = request.node.callspec.params["contender"]
+    record, budget = request.config.stash[_RECORD], request.config.getoption("budget")
+
+    def run_and_record(
+        group: str, run: Callable[[], object], *, flops: float = 0, bytes: float = 0, dtype: str = "float32"
+    ) -> None:
+        benchmark.group = group
+        for _ in range(2):  # the first call may compile
+            synchronize(device)
+            start = time.perf_counter()
+            run()
+            synchronize(device)
+            once = time.perf_counter() - start
+        iterations = max(1, round(1e-3 / once)) if device == "cpu" else max(1, round(1e-2 / once))
+        rounds = min(max(round(budget / (once * iterations)), 3), 100)
+        benchmark.pedantic(run, rounds=rounds, iterations=iterations)
+        operator = request.path.stem.removeprefix("bench_")
+        work = results.Work(flops, bytes, dtype)
+        record.measurements.append(results.Measurement(operator, group, contender, benchmark.stats.stats.median, work))
+
+    return run_and_record

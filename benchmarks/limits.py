@@ -1,0 +1,88 @@
+"""What this machine can do: the rate of matrix products per dtype, and the bandwidth of a copy, both measured.
+
+    python -m benchmarks.limits [--device cuda]
+
+No operator that multiplies and reads as much as it must can take less time than its floor, which follows from these.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import torch
+
+# float16 is not among what processors multiply fast; torch would take minutes.
+_DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("float32", "bfloat16", "float16")}
+_SIZES = {"cpu": (1024, 2048), "cuda": (4096, 8192)}  # of square matrices; the best counts
+_COPIED = {"cpu": 2**27, "cuda": 2**31}  # bytes, several times what any cache holds
+_SECONDS = 0.4  # spent on each
+
+
+@dataclass(frozen=True)
+class Limits:
+    """flops: operations per second of a matrix product, per dtype; "tf32" too on NVIDIA GPUs. bandwidth: bytes read and
+    written per second by a copy. threads: of the processor that were used."""
+
+    flops: dict[str, float]
+    bandwidth: float
+    device: str
+    threads: int
+
+    def floor(self, flops: float, n_bytes: float, dtype: str) -> float:
+        """Least seconds for so many operations in matrix products of `dtype` and so many bytes moved."""
+        return max(flops / self.flops[dtype], n_bytes / self.bandwidth)
+
+
+def measure_limits(device: str = "cpu") -> Limits:
+    """Takes a few seconds, with as many threads as torch is set to."""
+    flops = {name: _product_rate(getattr(torch, name), device) for name in _DTYPES[device]}
+    if device == "cuda" and not torch.version.hip:
+        before = torch.backends.cuda.matmul.allow_tf32
+        torch.backends.cuda.matmul.allow_tf32 = True
+        flops["tf32"] = _product_rate(torch.float32, device)
+        torch.backends.cuda.matmul.allow_tf32 = before
+    source = torch.zeros(_COPIED[device] // 4, device=device)
+    target = torch.empty_like(source)
+    bandwidth = 2 * _COPIED[device] / best_time(lambda: target.copy_(source), device)
+    return Limits(flops, bandwidth, device, torch.get_num_threads())
+
+
+def _product_rate(dtype: torch.dtype, device: str) -> float:
+    rates = []
+    for size in _SIZES[device]:
+        a, b = torch.randn(2, size, size, device=device).to(dtype)
+        out = torch.empty_like(a)
+        rates.append(2 * size**3 / best_time(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), device))
+    return max(rates)
+
+
+def best_time(run: Callable, device: str, seconds: float = _SECONDS) -> float:
+    """Seconds of the fastest of as many calls as fit in `seconds`, at least three, after one to warm up."""
+    run()
+    times: list[float] = []
+    while len(times) < 3 or sum(times) < seconds:
+        synchronize(device)
+        start = time.perf_counter()
+        run()
+        synchronize(device)
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    for name, value in asdict(measure_limits(parser.parse_args().device)).items():
+        print(f"{name:<10}  {value}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""DPDiff-AD at its default size on the fast operators, beside the same model on those in plain PyTorch:
+
+    pytest benchmarks/model/bench_dpdiff_ad.py [--device cuda]
+
+A training step is losses, gradients and AdamW on a batch of 16 from cached features; inference is `predict` without the
+backbone, which is the same for both. Weights and inputs are random: the time doesn't depend on them.
+"""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import pytest
+import torch
+
+import dpdiff_kernels as dk
+from dpdiff import DPDiffAD
+
+BATCH = 16
+CONTENDERS = {"dpdiff": "auto", "reference operators": "reference"}
+
+
+@pytest.fixture(scope="module")
+def model(device) -> DPDiffAD:
+    torch.manual_seed(0)
+    return DPDiffAD(pretrained=False).to(device)
+
+
+@pytest.fixture
+def tokens(model, device):
+    tokenizer = model.tokenizer
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(BATCH, tokenizer.n_tokens, tokenizer.dim, generator=generator).to(device)
+
+
+def on(backend: str, run: Callable) -> Callable:
+    def run_on_backend():
+        with dk.use_backend(backend):
+            return run()
+
+    return run_on_backend
+
+
+@pytest.mark.parametrize("contender", CONTENDERS)
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_training_step(measure, model, tokens, device, precision, contender):
+    model.train()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-5)
+
+    def step():
+        with torch.autocast(device, torch.bfloat16) if precision == "bfloat16" else nullcontext():
+            loss = model.losses(tokens)["loss"]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    measure(f"training step, {BATCH} images, {precision}", on(CONTENDERS[contender], step))
+
+
+@pytest.mark.parametrize("contender", CONTENDERS)
+def test_inference(measure, model, tokens, contender):
+    model.eval()
+
+    @torch.inference_mode()
+    def maps():
+        return model._maps(tokens)
+
+    fast, plain = (on(backend, maps)() for backend in CONTENDERS.values())
+    torch.testing.assert_close(fast, plain, rtol=1e-3, atol=1e-3)
+    measure(f"inference, {BATCH} images, without the backbone", on(CONTENDERS[contender], maps))
+
+
+@pytest.mark.parametrize("contender", CONTENDERS)
+def test_prediction(measure, model, device, contender):
+    model.eval()
+    images = torch.rand(BATCH, 3, model.image_size, model.image_size, device=device)
+    with torch.inference_mode():
+        measure(f"predict, {BATCH} images", on(CONTENDERS[contender], lambda: model.predict(images)))

@@ -1,0 +1,178 @@
+"""Results of a run: assembled, saved as JSON, shown as a table, and compared with those of another run.
+
+Times of two runs are never compared. What is kept from one to the next are ratios between a rival and us in one run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+import dpdiff_kernels as dk
+from benchmarks.limits import Limits
+from dpdiff._files import atomic_write
+
+OURS = "dpdiff"
+RIVALS = ("faiss-cpu", "flash-kmeans", "flash-sinkhorn", "geomloss", "POT", "pykeops", "scikit-learn", "triton")
+
+
+@dataclass(frozen=True)
+class Work:
+    """Operations of matrix products of `dtype`, and bytes moved, that a case can't do without; 0 where not stated."""
+
+    flops: float
+    bytes: float
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """seconds: the median of a contender's rounds. operator: of the file bench_<operator>.py."""
+
+    operator: str
+    case: str
+    contender: str
+    seconds: float
+    work: Work
+
+
+@dataclass
+class Record:
+    """What a run gathers. skipped: contender -> reason."""
+
+    measurements: list[Measurement] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+    limits: Limits | None = None
+
+
+def assemble(record: Record, limits: Limits, command: Sequence[str]) -> dict:
+    """The results as they are saved: `cases`, each with seconds by contender, and rivals' ratios (theirs / ours)."""
+    cases: dict[tuple[str, str], dict] = {}
+    for m in record.measurements:
+        case = cases.setdefault((m.operator, m.case), {"operator": m.operator, "case": m.case, "seconds": {}})
+        case["seconds"][m.contender] = m.seconds
+        if m.work.flops or m.work.bytes:
+            case |= asdict(m.work) | {"floor": limits.floor(m.work.flops, m.work.bytes, m.work.dtype)}
+    for case in cases.values():
+        seconds = case["seconds"]
+        if OURS in seconds:
+            case["ratios"] = {name: s / seconds[OURS] for name, s in seconds.items() if name != OURS}
+            if "floor" in case:
+                case["share"] = case["floor"] / seconds[OURS]
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": " ".join(map(str, command)),
+        "machine": machine(),
+        "limits": asdict(limits),
+        "cases": list(cases.values()),
+        "skipped": record.skipped,
+    }
+
+
+def machine() -> dict[str, str]:
+    """`show_config` as a dictionary, with the versions of the rivals that are installed."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        lines = dk.show_config().splitlines()
+    found = dict(line.split("  ", 1) for line in lines)
+    for name in RIVALS:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return {name.strip(): value.strip() for name, value in found.items()}
+
+
+def save(results: dict, path: str | os.PathLike) -> None:
+    with atomic_write(path) as tmp:
+        tmp.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+
+def load(path: str | os.PathLike) -> dict:
+    """Raises FileNotFoundError, and ValueError for what `save` didn't write."""
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError:
+        found = None
+    if not isinstance(found, dict) or "cases" not in found:
+        raise ValueError(f"{path} holds no benchmark results: expected what --json writes")
+    return found
+
+
+def table(results: dict) -> str:
+    """Every case: times, how much faster than each rival we are, and the share of the machine's limit."""
+    rows = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name, justify in (("case", "left"), ("contender", "left"), ("time", "right"), ("ratio", "right")):
+        rows.add_column(name, justify=justify, overflow="fold")
+    rows.add_column("of the limit", justify="right")
+    for case in results["cases"]:
+        for i, (contender, seconds) in enumerate(case["seconds"].items()):
+            ratio = case.get("ratios", {}).get(contender)
+            share = f"{case['floor'] / seconds:.0%}" if "floor" in case else ""
+            title = f"{case['operator']}: {case['case']}" if i == 0 else ""
+            rows.add_row(title, contender, milliseconds(seconds), "" if ratio is None else f"{ratio:.2f}", share)
+        rows.add_section()
+    limits = results["limits"]
+    rates = ", ".join(f"{name} {rate / 1e9:,.0f} GFLOP/s" for name, rate in limits["flops"].items())
+    text = io.StringIO()
+    console = Console(file=text, width=120)
+    console.print(rows)
+    console.print(f"Limits of {limits['device']}, {limits['threads']} threads: {rates}, copy", end=" ")
+    console.print(f"{limits['bandwidth'] / 1e9:,.1f} GB/s. A ratio above 1: so many times as slow as dpdiff.")
+    for name, reason in results["skipped"].items():
+        console.print(f"Skipped: {name}: {reason}")
+    return text.getvalue()
+
+
+def milliseconds(seconds: float) -> str:
+    digits = max(0, 2 - math.floor(math.log10(seconds * 1e3))) if seconds > 0 else 0
+    return f"{seconds * 1e3:,.{min(digits, 4)}f} ms"
+
+
+@dataclass(frozen=True)
+class Change:
+    """A rival's ratio in two runs of one case; `now` is None where this run has none."""
+
+    case: str
+    rival: str
+    before: float
+    now: float | None
+
+    def regressed(self, threshold: float) -> bool:
+        return self.now is not None and self.now < self.before * (1 - threshold)
+
+
+def compare(results: dict, stored: dict) -> list[Change]:
+    """Every ratio that `stored` has, beside the one of `results`."""
+    now = {(c["operator"], c["case"]): c.get("ratios", {}) for c in results["cases"]}
+    return [
+        Change(f"{c['operator']}: {c['case']}", rival, ratio, now.get((c["operator"], c["case"]), {}).get(rival))
+        for c in stored["cases"]
+        for rival, ratio in c.get("ratios", {}).items()
+    ]
+
+
+def comparison_table(changes: Sequence[Change], threshold: float) -> Table:
+    rows = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("case", "rival"):
+        rows.add_column(name, overflow="fold")
+    for name in ("stored", "now", "change"):
+        rows.add_column(name, justify="right")
+    for change in changes:
+        if change.now is None:
+            rows.add_row(change.case, change.rival, f"{change.before:.2f}", "not measured", "")
+        else:
+            style = "red" if change.regressed(threshold) else None
+            difference = f"{change.now / change.before - 1:+.0%}"
+            ratios = (f"{change.before:.2f}", f"{change.now:.2f}")
+            rows.add_row(change.case, change.rival, *ratios, difference, style=style)
+    return rows

@@ -1,0 +1,139 @@
+"""`dpdiff bench`: the benchmarks of the source tree."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from dpdiff.cli.inputs import check_writable, find_device
+
+bench = typer.Typer(rich_markup_mode="markdown", no_args_is_help=True)
+
+Kind = Literal["cpu", "cuda"]
+Device = Annotated[Kind, typer.Option(help="Where operands lie.")]
+Json = Annotated[Path | None, typer.Option(metavar="FILE", help="Write the results there.")]
+Compare = Annotated[Path | None, typer.Option(metavar="FILE", help="Results of --json, whose ratios are to hold.")]
+Threshold = Annotated[float, typer.Option(metavar="X", min=0, max=1, help="Loss of a ratio that --compare accepts.")]
+Only = Annotated[str | None, typer.Option(metavar="EXPR", help="Which benchmarks, as for pytest -k.")]
+Threads = Annotated[int | None, typer.Option(metavar="N", min=1, help="Of the processor; all by default.")]
+Budget = Annotated[float, typer.Option(metavar="S", min=0, help="Seconds of timing per contender.")]
+
+
+@bench.callback()
+def _bench() -> None:
+    """Measure the operators and models beside their rivals, on this machine. Runs in a clone of the source tree.
+
+    Example: `dpdiff bench ops --json before.json`, and after a change `dpdiff bench ops --compare before.json`
+    """
+
+
+@bench.command()
+def ops(
+    device: Device = "cpu",
+    json: Json = None,
+    compare: Compare = None,
+    threshold: Threshold = 0.2,
+    only: Only = None,
+    threads: Threads = None,
+    budget: Budget = 1.0,
+) -> None:
+    """The operators beside PyTorch, faiss, scikit-learn, POT and others that are installed, and the machine's limits.
+
+    With --compare, exits with 1 where a rival's time over ours fell by more than the threshold.
+
+    Example: `dpdiff bench ops --only "nearest and 1024" --json nearest.json`
+    """
+    _run("ops", device, json, compare, threshold, only, threads, budget)
+
+
+@bench.command()
+def model(
+    device: Device = "cpu",
+    json: Json = None,
+    compare: Compare = None,
+    threshold: Threshold = 0.2,
+    only: Only = None,
+    threads: Threads = None,
+    budget: Budget = 1.0,
+) -> None:
+    """Training steps and inference of the models, on the fast operators and on those in plain PyTorch.
+
+    Example: `dpdiff bench model --compare benchmarks/results/model.json`
+    """
+    _run("model", device, json, compare, threshold, only, threads, budget)
+
+
+def _run(
+    suite: str,
+    device: Kind,
+    json: Path | None,
+    compare: Path | None,
+    threshold: float,
+    only: str | None,
+    threads: int | None,
+    budget: float,
+) -> None:
+    root = source_tree()
+    if importlib.util.find_spec("pytest_benchmark") is None:
+        raise ValueError("pytest-benchmark is not installed: pip install '.[bench]'")
+    if json is not None:
+        check_writable(json, "--json", folder=False)
+    find_device(device)
+    from benchmarks import results
+
+    stored = None if compare is None else results.load(compare)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "results.json")
+        command = [sys.executable, "-m", "pytest", root / "benchmarks" / suite, "-q", "--benchmark-columns=median,iqr"]
+        command += [f"--device={device}", f"--budget={budget}", f"--results={file}", f"--rootdir={root}"]
+        command += [] if only is None else ["-k", only]
+        command += [] if threads is None else [f"--threads={threads}"]
+        code = subprocess.run(command).returncode
+        if code == 5:  # pytest's, for nothing to run
+            raise ValueError(f"--only {only}: no benchmark of {suite} fits")
+        if code:
+            raise RuntimeError(f"benchmarks failed, see above: pytest ended with {code}")
+        if not file.exists():
+            raise ValueError(f"every benchmark of {suite} that was asked for was skipped, see above")
+        found = results.load(file)
+    if json is not None:
+        results.save(found, json)
+        print(f"Results: {json}")
+    if stored is not None:
+        _compare(found, stored, threshold)
+
+
+def _compare(found: dict, stored: dict, threshold: float) -> None:
+    from rich.console import Console
+
+    from benchmarks import results
+
+    changes = results.compare(found, stored)
+    both = [change for change in changes if change.now is not None]
+    if not both:
+        raise ValueError("--compare: the stored results and these have no case in common")
+    Console(width=None if sys.stdout.isatty() else 120).print(results.comparison_table(changes, threshold))
+    for name in ("processor", "cuda:0"):
+        before, now = stored["machine"].get(name), found["machine"].get(name)
+        if before != now:
+            print(f"The stored results are of another machine: {name} {before}, now {now}")
+    lost = [change for change in both if change.regressed(threshold)]
+    print(f"{len(both)} ratios compared, {len(lost)} fell by more than {threshold:.0%}")
+    if lost:
+        raise typer.Exit(1)
+
+
+def source_tree() -> Path:
+    """The clone that holds the benchmarks: this package's own, or the current folder; importable from here on."""
+    for root in (Path(__file__).parents[2], Path.cwd()):
+        if (root / "benchmarks" / "conftest.py").is_file():
+            if str(root) not in sys.path:
+                sys.path.append(str(root))
+            return root
+    raise ValueError("the benchmarks are in the source tree: run dpdiff bench in a clone of it")

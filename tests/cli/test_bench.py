@@ -1,0 +1,40 @@
+"""`dpdiff bench` from the command line, on the smallest of its cases."""
+
+import json
+
+import pytest
+
+pytest.importorskip("pytest_benchmark")
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    return tmp_path_factory.mktemp("bench") / "before.json"
+
+
+def test_results_and_their_guard(dpdiff, stored, tmp_path):
+    """One run of a small case writes its results; another keeps its ratio; a ratio beyond reach is lost."""
+    options = ["--only", "64-1 and (dpdiff or cdist)", "--budget", "0.01", "--threads", "1"]
+    outcome = dpdiff("bench", "ops", "--json", stored, *options)
+    assert outcome.code == 0, outcome.err
+    results = json.loads(stored.read_text())
+    (case,) = results["cases"]
+    assert case["operator"] == "nearest" and set(case["seconds"]) == {"dpdiff", "cdist"}
+    assert case["ratios"]["cdist"] == pytest.approx(case["seconds"]["cdist"] / case["seconds"]["dpdiff"])
+    assert 0 < case["floor"] and results["limits"]["flops"]["float32"] > 1e9 and results["machine"]["torch"]
+
+    case["ratios"]["cdist"] *= 100
+    beyond = tmp_path / "beyond.json"
+    beyond.write_text(json.dumps(results))
+    outcome = dpdiff("bench", "ops", "--compare", beyond, *options)
+    assert outcome.code == 1 and not outcome.err
+    assert "1 ratios compared, 1 fell by more than 20%" in outcome.out
+
+
+def test_what_is_wrong_with_the_input_is_code_2(dpdiff, tmp_path):
+    (tmp_path / "other.json").write_text("{}")
+    assert "holds no benchmark results" in dpdiff("bench", "ops", "--compare", tmp_path / "other.json").error
+    assert "missing.json" in dpdiff("bench", "ops", "--compare", tmp_path / "missing.json").error
+    outcome = dpdiff("bench", "model", "--only", "nothing_like_this", "--json", tmp_path / "r.json")
+    assert outcome.code == 2 and "nothing_like_this" in outcome.error
+    assert not (tmp_path / "r.json").exists()
