@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from conftest import as_batch, striped, with_defect
 from PIL import Image
 from sklearn.metrics import roc_auc_score
+from stripes import as_batch, striped, with_defect
 
 import dpdiff
 from dpdiff.data import load_image

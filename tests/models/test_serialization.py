@@ -6,9 +6,9 @@ import sys
 
 import pytest
 import torch
-from conftest import as_batch, striped
 from safetensors import safe_open
 from safetensors.torch import save_file
+from stripes import as_batch, striped
 
 import dpdiff
 from dpdiff.serialization import read_header

@@ -6,7 +6,7 @@ import signal
 
 import pytest
 import torch
-from conftest import as_batch, striped
+from stripes import as_batch, striped
 
 import dpdiff
 from dpdiff import training
