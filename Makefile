@@ -6,24 +6,29 @@ PYTHON ?= python3
 TORCH_INDEX ?=
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
+GPU_CHECK_ARGS ?=
 
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 SOURCES := $(shell find csrc -type f)
 
-.PHONY: help demo test lint clean
+.PHONY: help demo test gpu-check lint clean
 
 help:
 	@echo "make demo    train a detector on rendered products, show what it finds     (DEMO_ARGS='--categories 40')"
 	@echo "make test    run the tests                                                 (PYTEST_ARGS='tests/cli -k resume')"
 	@echo "make lint    check the style"
 	@echo "make clean   remove the environment and all that was built"
+	@echo "make gpu-check   compile every GPU kernel ahead of time: registers, spills, shared memory; needs no GPU"
 
 demo: $(VENV)/.demo $(VENV)/.library
 	$(VENV)/bin/dpdiff demo $(DEMO_ARGS)
 
 test: $(VENV)/.test $(VENV)/.library
 	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+gpu-check: $(VENV)/.test
+	$(VENV)/bin/python -m benchmarks.gpu_check $(GPU_CHECK_ARGS)
 
 lint: $(VENV)/.lint
 	$(VENV)/bin/ruff check .
