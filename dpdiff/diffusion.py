@@ -12,13 +12,20 @@ class Diffusion:
 
     Args:
         n_timesteps: T; timesteps run from 0 (almost clean) to T - 1 (almost noise).
-        schedule: diffusers' `beta_schedule`.
+        schedule: diffusers' `beta_schedule`; betas: the first and the last beta, where the schedule has such.
     """
 
-    def __init__(self, n_timesteps: int = 1000, schedule: str = "squaredcos_cap_v2") -> None:
+    def __init__(
+        self,
+        n_timesteps: int = 1000,
+        schedule: str = "squaredcos_cap_v2",
+        betas: tuple[float, float] = (0.0001, 0.02),
+    ) -> None:
         self.scheduler = DDIMScheduler(
             num_train_timesteps=n_timesteps,
             beta_schedule=schedule,
+            beta_start=betas[0],
+            beta_end=betas[1],
             prediction_type="sample",
             clip_sample=False,
             set_alpha_to_one=True,

@@ -1,7 +1,7 @@
 """DPDiff-AD: dual-prototype-conditioned diffusion for multi-class anomaly detection."""
 
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -10,21 +10,18 @@ from torchvision.transforms.v2 import functional as TF
 
 from dpdiff.backbones import DEFAULT_BACKBONE, Backbone
 from dpdiff.denoiser import Denoiser
+from dpdiff.detector import Detector, Prediction, check_images
 from dpdiff.diffusion import Diffusion
+from dpdiff.draws import Draws
 from dpdiff.prototypes import GlobalPrototypes, LocalPrototypes
 from dpdiff.tokens import Tokenizer
 
-_ROUNDING = 1e-3  # by which resizing or half precision may take pixels out of [0, 1]
+_REVIVAL_INTERVAL = 200  # steps
+_INITIAL_TOKENS = 50_000  # on which k-means runs
+_TRANSPORTED = 8  # tokens of an image in the transport losses
 
 
-class Prediction(NamedTuple):
-    """scores (B,) float32, larger is more anomalous; maps (B, H, W) float32, None where a model has none."""
-
-    scores: Tensor
-    maps: Tensor | None
-
-
-class DPDiffAD(nn.Module):
+class DPDiffAD(Detector):
     """One detector for many product categories, trained on normal images only and without category labels.
 
     A frozen backbone turns an image into tokens; local prototypes (nearest-prototype aggregation) say what normal
@@ -57,6 +54,8 @@ class DPDiffAD(nn.Module):
         ValueError: an argument out of its range; unknown backbone or weights that don't fit it.
         OSError: pretrained weights can't be had.
     """
+
+    TRAINING: ClassVar = {"max_steps": 1_200, "batch_size": 16, "lr": 1e-3, "weight_decay": 1e-4}
 
     def __init__(
         self,
@@ -107,31 +106,43 @@ class DPDiffAD(nn.Module):
         # Means of the reconstruction's and of the local prototypes' map on normal images, which make them comparable.
         self.register_buffer("map_means", torch.ones(2))
 
-    @property
-    def image_size(self) -> int:
-        return self.config["image_size"]
-
     @torch.no_grad()
     def tokenize(self, images: Tensor) -> Tensor:
         """images (B, 3, H, W) float in [0, 1], of any size -> tokens (B, N, D)."""
         return self.tokenizer(self.backbone(self._resize(images)))
 
-    def initialise(self, tokens: Tensor, generator: torch.Generator | None = None) -> None:
-        """Sets the local bank by k-means over training tokens (..., D)."""
-        self.local_prototypes.initialise(tokens.flatten(0, -2), n_iters=10, generator=generator)
+    @torch.no_grad()
+    def encode(self, reduced: Sequence[Tensor]) -> Tensor:
+        """The backbone's maps -> tokens (B, N, D)."""
+        return self.tokenizer(reduced)
 
-    def losses(self, tokens: Tensor) -> dict[str, Tensor]:
-        """Training losses of clean tokens (B, N, D): "loss", what to minimise, and its parts, all scalars."""
+    @torch.no_grad()
+    def initialise(
+        self, batches: Callable[[], Iterable[list[Tensor]]], n_images: int, generator: torch.Generator
+    ) -> None:
+        """Sets the tokenizer's statistics, and the local bank by k-means over some tokens of each image."""
+        self.tokenizer.fit(batches())
+        per_image = -(-_INITIAL_TOKENS // n_images)
+        some = []
+        for maps in batches():
+            tokens = self.encode(maps)
+            some.append(tokens[:, torch.randperm(tokens.shape[1], generator=generator)[:per_image]].flatten(0, 1))
+        self.local_prototypes.initialise(torch.cat(some), n_iters=10, generator=generator)
+
+    def losses(self, tokens: Tensor, draws: Draws | None = None) -> dict[str, Tensor]:
+        """Training losses of clean tokens (B, N, D): "loss", what to minimise, and its parts, all scalars.
+
+        draws: random numbers for B samples; from torch's global ones when None.
+        """
         config = self.config
-        noise = torch.randn_like(tokens)
-        lowest, highest = config["min_timestep"], self.diffusion.n_timesteps
-        timesteps = torch.randint(lowest, highest, (len(tokens),), device=tokens.device)
-        noisy = self.diffusion.add_noise(tokens, noise, timesteps)
+        draws = Draws.unseeded(len(tokens), tokens.device) if draws is None else draws
+        timesteps = draws.integers(config["min_timestep"], self.diffusion.n_timesteps)
+        noisy = self.diffusion.add_noise(tokens, draws.normal(*tokens.shape[1:]), timesteps)
         condition, distances = self.local_prototypes(tokens)
         reconstruction = self.denoiser(noisy, timesteps, condition, self._banks()).float()
         cosine = torch.stack([m.mean() for m in self.tokenizer.cosine_distances(tokens, reconstruction)]).mean()
         mse = F.mse_loss(reconstruction, tokens)
-        transport, swapped = self._transport(tokens, noisy)
+        transport, swapped = self._transport(tokens, noisy, draws.integers(0, tokens.shape[1], _TRANSPORTED))
         local = distances.mean()
         loss = mse + cosine + config["ot_weight"] * (transport + swapped) + config["local_loss_weight"] * local
         return {
@@ -144,9 +155,11 @@ class DPDiffAD(nn.Module):
         }
 
     @torch.no_grad()
-    def revive(self, tokens: Tensor) -> None:
-        """Gives local prototypes that no token was nearest to of late a new place, among tokens (B, N, D)."""
-        self.local_prototypes.revive(tokens, self.local_prototypes(tokens)[1])
+    def between_steps(self, step: int, features: Tensor, epoch_steps: int, average: nn.Module) -> None:
+        """Every so often, gives local prototypes that no token was nearest to a new place among tokens (B, N, D)."""
+        # Not within a step: the backward pass needs the bank as the losses saw it.
+        if step and step % _REVIVAL_INTERVAL == 0:
+            self.local_prototypes.revive(features, self.local_prototypes(features)[1])
 
     @torch.no_grad()
     def calibrate(self, batches: Iterable[Tensor]) -> None:
@@ -167,7 +180,7 @@ class DPDiffAD(nn.Module):
         Raises:
             TypeError, ValueError: images of another type, shape or range.
         """
-        _check_images(images)
+        check_images(images)
         tokens = self.tokenize(images.to(self.map_means.dtype)).float()
         reconstruction, local = (m / mean.clamp_min(1e-12) for m, mean in zip(self._maps(tokens), self.map_means))
         share = self.config["local_weight"]
@@ -177,10 +190,6 @@ class DPDiffAD(nn.Module):
         scores = flat.topk(max(1, flat.shape[1] // 100), dim=1).values.mean(1)
         maps = F.interpolate(maps.unsqueeze(1), size=images.shape[-2:], mode="bilinear", align_corners=False)
         return Prediction(scores.float(), maps.squeeze(1).float())
-
-    def forward(self, images: Tensor) -> Prediction:
-        """The same as `predict`: what `torch.export` and `torch.compile` see."""
-        return self.predict(images)
 
     def _maps(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Reconstruction error and distance to the local prototypes, (B, h, w) on the finest layer's grid."""
@@ -206,18 +215,14 @@ class DPDiffAD(nn.Module):
     def _banks(self) -> list:
         return self.denoiser.project_banks(self.local_prototypes.bank, self.global_prototypes.bank)
 
-    def _transport(self, tokens: Tensor, noisy: Tensor) -> tuple[Tensor, Tensor]:
-        """Optimal-transport losses of images (pooled tokens) and of a few tokens of each, clean and noisy."""
-        chosen = torch.randint(tokens.shape[1], (8,), device=tokens.device)
+    def _transport(self, tokens: Tensor, noisy: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        """Optimal-transport losses of images (pooled tokens) and of each image's `chosen` (B, n) tokens, clean and
+        noisy."""
         views = [self.denoiser.embed(x) for x in (tokens, noisy)]
         images = [view.mean(1) for view in views]
-        some = [view[:, chosen].flatten(0, 1) for view in views]
+        some = [view.gather(1, chosen[..., None].expand(-1, -1, view.shape[-1])).flatten(0, 1) for view in views]
         pairs = zip(self.global_prototypes(*images), self.global_prototypes(*some))
         return tuple((a + b) / 2 for a, b in pairs)
-
-    def _resize(self, images: Tensor) -> Tensor:
-        size = [self.image_size, self.image_size]
-        return images if list(images.shape[-2:]) == size else TF.resize(images, size, antialias=True)
 
 
 def _check_arguments(arguments: dict[str, Any]) -> None:
@@ -238,18 +243,6 @@ def _check_arguments(arguments: dict[str, Any]) -> None:
     most = timestep - least + 1
     expect("n_steps", arguments["n_steps"] <= most, f"at most timestep - min_timestep + 1 ({most})")
     expect("local_weight", 0 <= arguments["local_weight"] <= 1, "0 to 1")
-
-
-def _check_images(images: Tensor) -> None:
-    if not isinstance(images, Tensor) or not images.is_floating_point():
-        given = getattr(images, "dtype", type(images).__name__)
-        raise TypeError(f"images is {given}: expected a float tensor in [0, 1]")
-    if images.dim() != 4 or images.shape[1] != 3:
-        raise ValueError(f"images has shape {tuple(images.shape)}: expected (B, 3, H, W)")
-    if images.numel() and not torch.compiler.is_compiling():
-        low, high = (x.item() for x in images.aminmax())
-        if not (low >= -_ROUNDING and high <= 1 + _ROUNDING):  # NaN fails it too
-            raise ValueError(f"images hold values from {low:g} to {high:g}: expected [0, 1]")
 
 
 def _upsample(maps: Tensor, size: Sequence[int]) -> Tensor:

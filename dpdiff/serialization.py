@@ -63,9 +63,10 @@ def read_header(path: str | os.PathLike) -> dict:
 
 
 def _classes() -> dict[str, type[nn.Module]]:
+    from dpdiff.dlsr import DLSR
     from dpdiff.dpdiff_ad import DPDiffAD
 
-    return {"DPDiffAD": DPDiffAD}
+    return {"DPDiffAD": DPDiffAD, "DLSR": DLSR}
 
 
 def _version() -> str:

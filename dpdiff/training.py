@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
@@ -17,40 +18,71 @@ from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import CSVLogger
 from rich.progress import track
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset
+from torch.optim.swa_utils import AveragedModel
+from torch.utils.data import DataLoader
 
 from dpdiff.data import Sample
 from dpdiff.data.features import FeatureCache
-from dpdiff.dpdiff_ad import DPDiffAD
+from dpdiff.data.stream import Batches, Stream
+from dpdiff.detector import Detector
+from dpdiff.draws import Draws, mix
 from dpdiff.serialization import save
 
 CHECKPOINT = "last.ckpt"
 WEIGHTS = "model.safetensors"
-_REVIVAL_INTERVAL = 200  # steps
-_INITIAL_TOKENS = 50_000  # on which k-means runs
-_FIT_IMAGES = 1_000  # on which statistics and the maps' scales are computed
+_FIT_BATCH = 32
+_FIT_IMAGES = 1_000  # on which statistics, first prototypes and the scores' scales are computed
 
 
 class Training(L.LightningModule):
-    """A detector's losses and optimiser, as Lightning wants them. A batch is a list of the backbone's feature maps."""
+    """A detector's losses and optimiser, as Lightning wants them. A batch is one of `Stream`.
 
-    def __init__(self, model: DPDiffAD, max_steps: int, lr: float, weight_decay: float) -> None:
+    A step is a function of the weights, the optimiser's state, the seed and the step's number, and all of these are in
+    a checkpoint or given: training that is killed and resumed ends with the very weights of training that isn't.
+    """
+
+    def __init__(
+        self,
+        model: Detector,
+        batches: Batches,
+        max_steps: int,
+        epoch_steps: int,
+        lr: float,
+        weight_decay: float,
+        seed: int,
+    ) -> None:
         super().__init__()
         self.model = model
+        self.average = _average(model) if model.ema_decay else None
+        self.batches = batches
         self.max_steps = max_steps
+        self.epoch_steps = epoch_steps
         self.lr = lr
         self.weight_decay = weight_decay
+        self.seed = seed
 
-    def training_step(self, maps: list[Tensor], batch_index: int) -> Tensor:
+    @property
+    def denoiser(self) -> torch.nn.Module:
+        """With the weights that count in the end."""
+        return self.model.denoiser if self.average is None else self.average.module
+
+    def training_step(self, batch: tuple[list[Tensor], Tensor], batch_index: int) -> Tensor:
+        reduced, positions = batch
         with torch.autocast(self.device.type, enabled=False):  # the targets stay float32
-            tokens = self.model.tokenizer(maps)
-            # Between two steps: the backward pass needs the bank as the losses saw it.
-            if self.global_step and self.global_step % _REVIVAL_INTERVAL == 0:
-                self.model.revive(tokens)
-        losses = self.model.losses(tokens)
-        for name, value in losses.items():
-            self.log(name, value.detach(), prog_bar=name == "loss", batch_size=len(tokens))
+            features = self.model.encode(reduced)
+            if batch_index % self.trainer.accumulate_grad_batches == 0:
+                self.model.between_steps(self.global_step, features, self.epoch_steps, self.denoiser)
+        draws = Draws([mix(self.seed, position) for position in positions.tolist()], self.device)
+        losses = self.model.losses(features, draws)
+        means = self.trainer.strategy.reduce(torch.stack(list(losses.values())).detach(), reduce_op="mean")
+        for name, value in zip(losses, means):
+            self.log(name, value, prog_bar=name == "loss", batch_size=len(features))
         return losses["loss"]
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        if self.average is not None:  # here, since hooks after a batch come after its checkpoint
+            self.average.update_parameters(self.model.denoiser)
 
     def configure_optimizers(self) -> dict:
         decayed, plain = [], []
@@ -63,35 +95,54 @@ class Training(L.LightningModule):
         scheduler = get_cosine_schedule_with_warmup(optimizer, warmup, self.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        kept = self.state_dict()
+        checkpoint["buffers"] = {name: buffer for name, buffer in self.named_buffers() if name not in kept}
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        self.batches.start = checkpoint["global_step"] * self.trainer.accumulate_grad_batches
+        buffers = dict(self.named_buffers())
+        for name, buffer in checkpoint["buffers"].items():
+            if name in buffers and buffers[name].shape == buffer.shape:  # else loading the rest says what is wrong
+                buffers[name].copy_(buffer)
+
 
 def train(
-    model: DPDiffAD,
+    model: Detector,
     samples: Sequence[Sample],
     out: str | os.PathLike,
     *,
-    max_steps: int = 1_200,
-    batch_size: int = 16,
-    lr: float = 1e-3,
-    weight_decay: float = 1e-4,
+    max_steps: int | None = None,
+    batch_size: int | None = None,
+    accumulate: int = 1,
+    lr: float | None = None,
+    weight_decay: float | None = None,
     seed: int = 0,
     devices: str | int = "auto",
     accelerator: str = "auto",
     precision: str = "auto",
+    compile: bool = False,
     num_workers: int = 0,
     checkpoint_interval: int = 200,
     resume: bool = True,
     progress: bool = True,
-) -> DPDiffAD:
+) -> Detector:
     """Trains `model` on normal images and writes `out/model.safetensors`.
+
+    The result is a function of the model, the samples, the options up to `compile`, and the machine; neither of
+    `num_workers` nor of interruptions.
 
     Args:
         samples: the normal images; their categories are not used.
         out: folder. Besides the weights it gets `last.ckpt` (what resuming needs), `metrics.csv` (the losses) and
-            `features` (the backbone's feature maps, removed at the end).
-        max_steps: optimiser steps, whatever the number of images. batch_size: images per step and device.
-        lr: AdamW's peak learning rate, after a warm-up and before a cosine decay to zero.
+            `features` (what the model needs of the backbone's feature maps).
+        max_steps: optimiser steps, whatever the number of images; the model's own (`model.TRAINING`) when None, and so
+            for the next ones. batch_size: images at a time on a device. accumulate: batches per step. lr: AdamW's peak
+            learning rate, after a warm-up and before a cosine decay to zero. weight_decay: of weight matrices.
+        seed: of all that is random.
         devices, accelerator, precision: Lightning's; precision "auto" is bf16-mixed where the processor multiplies
             bfloat16, else float32.
+        compile: compile the denoiser with `torch.compile`, which takes a minute and pays in long runs.
         num_workers: processes that read images and features.
         checkpoint_interval: steps between checkpoints.
         resume: continue from `out/last.ckpt` where there is one.
@@ -105,9 +156,11 @@ def train(
     out = Path(out)
     if not samples:
         raise ValueError("samples is empty: expected at least one normal image")
-    numbers = {"max_steps": max_steps, "batch_size": batch_size, "lr": lr, "checkpoint_interval": checkpoint_interval}
-    for name, value in numbers.items():
-        if not value > 0:
+    given = {"max_steps": max_steps, "batch_size": batch_size, "lr": lr, "weight_decay": weight_decay}
+    numbers = model.TRAINING | {name: value for name, value in given.items() if value is not None}
+    max_steps, batch_size, lr = (numbers[name] for name in ("max_steps", "batch_size", "lr"))
+    for name, value in (numbers | {"accumulate": accumulate, "checkpoint_interval": checkpoint_interval}).items():
+        if not (value > 0 or (value == 0 and name == "weight_decay")):
             raise ValueError(f"{name} is {value}: expected a positive number")
     out.mkdir(parents=True, exist_ok=True)
     L.seed_everything(seed, verbose=False)
@@ -120,18 +173,19 @@ def train(
         out / "features",
         num_workers=num_workers,
         progress=_tracker("Features", show),
+        reduce=model.reduce,
     )
     checkpoint = out / CHECKPOINT
     resumed = resume and checkpoint.is_file()
     if not resumed:
-        initialise(model, features, seed, show)
+        _initialise(model, features, seed, show)
+    batches = Batches(batch_size, max_steps * accumulate)
     loader = DataLoader(
-        features,
-        batch_size=batch_size,
-        shuffle=True,
-        drop_last=len(features) >= batch_size,
+        Stream(features, seed),
+        batch_sampler=batches,
+        collate_fn=_as_is,
         num_workers=num_workers,
-        persistent_workers=num_workers > 0,
+        pin_memory=torch.cuda.is_available(),
     )
     with _quiet_lightning():
         trainer = L.Trainer(
@@ -139,7 +193,9 @@ def train(
             accelerator=accelerator,
             devices=devices,
             precision=_best_precision(accelerator) if precision == "auto" else precision,
+            accumulate_grad_batches=accumulate,
             gradient_clip_val=1.0,
+            use_distributed_sampler=False,  # Batches does that
             callbacks=[
                 ModelCheckpoint(out, "last", every_n_train_steps=checkpoint_interval, enable_version_counter=False),
                 *([RichProgressBar()] if show else []),
@@ -150,7 +206,10 @@ def train(
             log_every_n_steps=10,
         )
         model.train()
-        training = Training(model, max_steps, lr, weight_decay)
+        if compile:
+            model.denoiser.compile()
+        epoch_steps = -(-len(features) // (batch_size * accumulate * trainer.world_size))
+        training = Training(model, batches, max_steps, epoch_steps, lr, numbers["weight_decay"], seed)
         try:
             trainer.fit(training, loader, ckpt_path=checkpoint if resumed else None, weights_only=True)
         except SystemExit as error:  # Lightning's answer to Ctrl-C
@@ -164,39 +223,46 @@ def train(
                 raise ValueError(f"{checkpoint} is of another model: give another folder, or don't resume") from error
             raise
     model.eval()
+    if training.average is not None:
+        model.denoiser.load_state_dict(training.average.module.state_dict())
     if trainer.is_global_zero:
-        model.calibrate(_tokens(model, features, "Calibrating", show))
+        model.calibrate(model.encode(_to(model, reduced)) for reduced in _some(features, "Calibrating", show))
         save(model, out / WEIGHTS)
     return model
 
 
-def initialise(model: DPDiffAD, features: FeatureCache, seed: int, show: bool) -> None:
-    """Sets what is computed rather than learnt: the tokenizer's statistics and the first local bank."""
-    generator = torch.Generator().manual_seed(seed)
-    chosen = _some(features, _FIT_IMAGES)
-    model.tokenizer.fit(_batches(chosen, "Statistics", show))
-    per_image = -(-_INITIAL_TOKENS // len(chosen))
-    tokens = []
-    for batch in _tokens(model, features, "Tokens", show):
-        picked = torch.randperm(batch.shape[1], generator=generator)[:per_image]
-        tokens.append(batch[:, picked].flatten(0, 1))
-    model.initialise(torch.cat(tokens), generator=generator)
+def _initialise(model: Detector, features: FeatureCache, seed: int, show: bool) -> None:
+    n = min(_FIT_IMAGES, len(features))
+    model.initialise(lambda: _some(features, "Initialising", show), n, torch.Generator().manual_seed(seed))
 
 
-def _tokens(model: DPDiffAD, features: FeatureCache, description: str, show: bool) -> Iterator[Tensor]:
+def _some(features: FeatureCache, description: str, show: bool) -> Iterator[list[Tensor]]:
+    """At most 1,000 of the images, evenly spread, in batches."""
+    n = min(_FIT_IMAGES, len(features))
+    chosen = [i * len(features) // n for i in range(n)]
+    starts = range(0, n, _FIT_BATCH)
+    for start in _tracker(description, show)(starts):
+        yield features.batch(chosen[start : start + _FIT_BATCH])
+
+
+def _to(model: Detector, tensors: list[Tensor]) -> list[Tensor]:
     device = next(model.parameters()).device
-    for maps in _batches(_some(features, _FIT_IMAGES), description, show):
-        yield model.tokenizer([m.to(device) for m in maps])
+    return [tensor.to(device) for tensor in tensors]
 
 
-def _batches(features: Subset, description: str, show: bool) -> Iterator[list[Tensor]]:
-    return iter(_tracker(description, show)(DataLoader(features, batch_size=32)))
+def _as_is(batch: Any) -> Any:  # Stream makes batches
+    return batch
 
 
-def _some(features: FeatureCache, n: int) -> Subset:
-    """At most n of the images, evenly spread."""
-    n = min(n, len(features))
-    return Subset(features, [i * len(features) // n for i in range(n)])
+def _average(model: Detector) -> AveragedModel:
+    """The running mean of the denoiser's weights, of short memory in the beginning (as in latent diffusion's code)."""
+
+    @torch.no_grad()
+    def update(averages: list[Tensor], weights: list[Tensor], n: Tensor) -> None:
+        decay = min(model.ema_decay, (1 + int(n)) / (10 + int(n)))
+        torch._foreach_lerp_(averages, weights, 1 - decay)
+
+    return AveragedModel(model.denoiser, multi_avg_fn=update).requires_grad_(False)
 
 
 def _tracker(description: str, show: bool) -> Callable:

@@ -9,8 +9,8 @@ import typing
 from collections.abc import Sequence
 from typing import Any, Literal
 
-ModelName = Literal["dpdiff-ad"]
-MODELS: dict[ModelName, str] = {"dpdiff-ad": "DPDiffAD"}
+ModelName = Literal["dpdiff-ad", "dlsr"]
+MODELS: dict[ModelName, str] = {"dpdiff-ad": "DPDiffAD", "dlsr": "DLSR"}
 
 
 def model_class(name: ModelName) -> type:

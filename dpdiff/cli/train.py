@@ -44,6 +44,7 @@ def train(
     batch_size: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Images per step and device.", **_TRAINING)
     ] = None,
+    accumulate: Annotated[int, typer.Option(metavar="N", min=1, help="Batches per step.", **_TRAINING)] = 1,
     lr: Annotated[float | None, typer.Option(metavar="X", help="Highest learning rate.", **_TRAINING)] = None,
     seed: Annotated[int, typer.Option(metavar="N", min=0, help="Of all that is random.", **_TRAINING)] = 0,
     checkpoint_interval: Annotated[
@@ -52,6 +53,7 @@ def train(
     devices: Annotated[str, typer.Option(metavar="N", help="How many, or which ones: 0,1.", **_HARDWARE)] = "auto",
     accelerator: Annotated[str, typer.Option(metavar="NAME", help="cpu, gpu, ...", **_HARDWARE)] = "auto",
     precision: Annotated[str, typer.Option(metavar="NAME", help="bf16-mixed, 32-true, ...", **_HARDWARE)] = "auto",
+    compile: Annotated[bool, typer.Option("--compile", help="Compile the denoiser first.", **_HARDWARE)] = False,
     workers: Workers = 0,
 ) -> None:
     """Train a detector on normal images, and write DIR/model.safetensors.
@@ -71,13 +73,16 @@ def train(
         raise ValueError(f"--lr is {lr}: expected a positive number")
     check_writable(out, "--out", folder=True)
 
+    import torch
+
     from dpdiff import training
 
     fit = {"max_steps": steps, "batch_size": batch_size, "lr": lr, "checkpoint_interval": checkpoint_interval}
     fit |= {"seed": seed, "devices": devices, "accelerator": accelerator, "precision": precision}
+    fit |= {"accumulate": accumulate, "compile": compile}
     fit = {name: value for name, value in fit.items() if value is not None}
     record = {"data": data if is_products(data) else os.path.abspath(data), "on_corrupt": on_corrupt, "model": model}
-    record |= defaults(cls) | options | defaults(training.train) | fit
+    record |= defaults(cls) | options | defaults(training.train) | cls.TRAINING | fit
     record = {name: value for name, value in record.items() if name not in _UNRECORDED}
 
     result, checkpoint = out / training.WEIGHTS, out / training.CHECKPOINT
@@ -89,6 +94,7 @@ def train(
 
     _check_hardware(accelerator, devices, precision)
     samples = read_catalogue(data, need="train").train
+    torch.manual_seed(seed)  # of the weights that training begins with
     detector = cls(**options)
     samples = usable(samples, on_corrupt)
 

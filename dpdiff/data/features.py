@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +23,12 @@ from dpdiff.data.samples import Sample
 class FeatureCache(Dataset):
     """Feature maps of images, float16, one file per layer: item i is a list of (C_l, H_l, W_l) tensors.
 
-    Lies in `folder/<key>`, where the key stands for the backbone's weights, its layers, the image size and the images'
-    paths, sizes and modification times: whatever changes one of these makes a new cache. It is written under another
-    name first, so that an interrupted run leaves none that looks complete; caches of other keys are removed.
+    Or what the function `reduce` makes of them: from a list of (B, C_l, H_l, W_l) to a list of any tensors (B, ...).
+
+    Lies in `folder/<key>`, where the key stands for the backbone's weights, its layers, the image size, the name of
+    `reduce` and the images' paths, sizes and modification times: whatever changes one of these makes a new cache. It is
+    written under another name first, so that an interrupted run leaves none that looks complete; caches of other keys
+    are removed.
     """
 
     def __init__(
@@ -38,54 +41,59 @@ class FeatureCache(Dataset):
         batch_size: int = 16,
         num_workers: int = 0,
         progress: Callable = iter,
+        reduce: Callable[[list[Tensor]], list[Tensor]] = list,
     ) -> None:
         folder = Path(folder)
-        self.path = folder / _key(samples, backbone, image_size)
+        self.path = folder / _key(samples, backbone, image_size, reduce)
         if not self.path.is_dir():
             folder.mkdir(parents=True, exist_ok=True)
             for old in folder.iterdir():
                 shutil.rmtree(old)
             partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder))
             try:
-                loader = DataLoader(
-                    AnomalyDataset(samples, image_size), batch_size=batch_size, num_workers=num_workers
-                )
-                _extract(backbone, progress(loader), len(samples), partial)
+                loader = DataLoader(AnomalyDataset(samples, image_size), batch_size=batch_size, num_workers=num_workers)
+                _extract(backbone, reduce, progress(loader), len(samples), partial)
                 partial.rename(self.path)
             except BaseException:
                 shutil.rmtree(partial, ignore_errors=True)
                 raise
-        self.layers = [np.load(self.path / f"{layer}.npy", mmap_mode="r") for layer in backbone.layers]
+        files = sorted(self.path.glob("*.npy"), key=lambda file: int(file.stem))
+        self.arrays = [np.load(file, mmap_mode="r") for file in files]
 
     def __len__(self) -> int:
-        return len(self.layers[0])
+        return len(self.arrays[0])
 
     def __getitem__(self, index: int) -> list[Tensor]:
-        return [torch.from_numpy(np.array(layer[index])).float() for layer in self.layers]
+        return [tensor[0] for tensor in self.batch([index])]
+
+    def batch(self, indices: Sequence[int]) -> list[Tensor]:
+        """Items, stacked: float32 (len(indices), ...) each."""
+        return [torch.from_numpy(array[list(indices)]).float() for array in self.arrays]
 
 
-def _extract(backbone: Backbone, batches, n: int, folder: Path) -> None:
+def _extract(backbone: Backbone, reduce: Callable, batches: Iterable[dict], n: int, folder: Path) -> None:
     files: list[np.ndarray] = []
     device = next(backbone.parameters()).device
     start = 0
     for batch in batches:
         with torch.inference_mode():
-            maps = [m.half().cpu().numpy() for m in backbone(batch["image"].to(device))]
+            tensors = [t.half().cpu().numpy() for t in reduce(backbone(batch["image"].to(device)))]
         if not files:
             files = [
-                np.lib.format.open_memmap(folder / f"{layer}.npy", "w+", np.float16, (n, *m.shape[1:]))
-                for layer, m in zip(backbone.layers, maps)
+                np.lib.format.open_memmap(folder / f"{i}.npy", "w+", np.float16, (n, *t.shape[1:]))
+                for i, t in enumerate(tensors)
             ]
-        for file, m in zip(files, maps):
-            file[start : start + len(m)] = m
-        start += len(maps[0])
+        for file, t in zip(files, tensors):
+            file[start : start + len(t)] = t
+        start += len(tensors[0])
     for file in files:
         file.flush()
 
 
-def _key(samples: Sequence[Sample], backbone: Backbone, image_size: int) -> str:
+def _key(samples: Sequence[Sample], backbone: Backbone, image_size: int, reduce: Callable) -> str:
     digest = hashlib.sha256()
-    digest.update(json.dumps([backbone.name, backbone.fingerprint(), backbone.layers, image_size]).encode())
+    parts = [backbone.name, backbone.fingerprint(), backbone.layers, image_size, reduce.__qualname__]
+    digest.update(json.dumps(parts).encode())
     for sample in samples:
         status = sample.image.stat()
         digest.update(f"{sample.image.resolve()}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())

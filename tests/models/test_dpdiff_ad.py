@@ -14,10 +14,8 @@ from dpdiff.data import load_image
 def prepared(model, images):
     """With the statistics, the banks and the scales of these images, but untrained."""
     maps = model.backbone(images)
-    model.tokenizer.fit([maps])
-    tokens = model.tokenizer(maps)
-    model.initialise(tokens, generator=torch.Generator().manual_seed(0))
-    model.calibrate([tokens])
+    model.initialise(lambda: [maps], len(images), torch.Generator().manual_seed(0))
+    model.calibrate([model.encode(maps)])
     return model.eval()
 
 

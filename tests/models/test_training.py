@@ -9,7 +9,7 @@ import torch
 from stripes import as_batch, striped
 
 import dpdiff
-from dpdiff import training
+from dpdiff import dpdiff_ad, training
 from dpdiff.training import train
 
 STEPS = 12
@@ -112,7 +112,7 @@ def test_ctrl_c_leaves_a_checkpoint_to_go_on_from(run, stop_after, tmp_path):
 
 def test_unused_prototypes_are_revived(run, tiny, monkeypatch):
     """Far away from all tokens, nothing else would move them."""
-    monkeypatch.setattr(training, "_REVIVAL_INTERVAL", 5)
+    monkeypatch.setattr(dpdiff_ad, "_REVIVAL_INTERVAL", 5)
     model = tiny(n_local=32, k=1)
     initialise = model.initialise
 

@@ -1,0 +1,87 @@
+"""What the models have in common, and what training asks of one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torchvision.transforms.v2 import functional as TF
+
+from dpdiff.draws import Draws
+
+_ROUNDING = 1e-3  # by which resizing or half precision may take pixels out of [0, 1]
+
+
+class Prediction(NamedTuple):
+    """scores (B,) float32, larger is more anomalous; maps (B, H, W) float32, None where a model has none."""
+
+    scores: Tensor
+    maps: Tensor | None
+
+
+class Detector(nn.Module):
+    """A frozen `backbone`, and on its features a `denoiser` that learns from normal images.
+
+    Training goes: `reduce` on the backbone's maps of every image, whose results are kept on disk; `initialise` once;
+    for every batch `encode` and, before the first of a step, `between_steps`, then `losses`; in the end `calibrate`.
+    """
+
+    TRAINING: ClassVar[dict[str, Any]]  # max_steps, batch_size, lr, weight_decay: what `train` takes by default
+    ema_decay: float = 0.0  # of the running mean of the denoiser's weights, which in the end replaces them; 0: none
+    config: dict[str, Any]  # the constructor's arguments, which `load` gives it again
+    backbone: nn.Module
+    denoiser: nn.Module
+
+    @property
+    def image_size(self) -> int:
+        return self.config["image_size"]
+
+    def predict(self, images: Tensor) -> Prediction:
+        raise NotImplementedError
+
+    def forward(self, images: Tensor) -> Prediction:
+        """The same as `predict`: what `torch.export` and `torch.compile` see."""
+        return self.predict(images)
+
+    def reduce(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        """The backbone's maps (B, C_l, H_l, W_l) -> tensors (B, ...), what training needs of them."""
+        return list(maps)
+
+    def encode(self, reduced: Sequence[Tensor]) -> Tensor:
+        """What `reduce` gave -> the features (B, ...) that are noised and reconstructed."""
+        raise NotImplementedError
+
+    def initialise(
+        self, batches: Callable[[], Iterable[list[Tensor]]], n_images: int, generator: torch.Generator
+    ) -> None:
+        """Sets what is computed rather than learnt; `batches()` goes through what `reduce` gave for `n_images`."""
+
+    def between_steps(self, step: int, features: Tensor, epoch_steps: int, average: nn.Module) -> None:
+        """Before step `step`, on features (B, ...). `epoch_steps` go through all images once; `average` is the denoiser
+        with the weights that count: the running mean, where there is one."""
+
+    def losses(self, features: Tensor, draws: Draws | None = None) -> dict[str, Tensor]:
+        """Losses of features (B, ...): "loss", what to minimise, and its parts, all scalars."""
+        raise NotImplementedError
+
+    def calibrate(self, batches: Iterable[Tensor]) -> None:
+        """Sets what depends on the trained weights, from the features (B, ...) of normal images."""
+
+    def _resize(self, images: Tensor) -> Tensor:
+        size = [self.image_size, self.image_size]
+        return images if list(images.shape[-2:]) == size else TF.resize(images, size, antialias=True)
+
+
+def check_images(images: Tensor) -> None:
+    """Raises TypeError or ValueError for anything but float images (B, 3, H, W) in [0, 1]."""
+    if not isinstance(images, Tensor) or not images.is_floating_point():
+        given = getattr(images, "dtype", type(images).__name__)
+        raise TypeError(f"images is {given}: expected a float tensor in [0, 1]")
+    if images.dim() != 4 or images.shape[1] != 3:
+        raise ValueError(f"images has shape {tuple(images.shape)}: expected (B, 3, H, W)")
+    if images.numel() and not torch.compiler.is_compiling():
+        low, high = (x.item() for x in images.aminmax())
+        if not (low >= -_ROUNDING and high <= 1 + _ROUNDING):  # NaN fails it too
+            raise ValueError(f"images hold values from {low:g} to {high:g}: expected [0, 1]")
