@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SIZE, as_batch, striped
+from stripes import SIZE, as_batch, striped
 
 import dpdiff
 from dpdiff.training import train
