@@ -40,18 +40,18 @@ STABLE_TORCH_LIBRARY(dpdiff, m) {
   m.def(
       "sinkhorn(Tensor cost, Tensor a, Tensor b, float eps, int n_iters, float? tol, float? tau_a, float? tau_b,"
       " bool return_plan) -> (Tensor plan, Tensor f, Tensor g, Tensor cost, Tensor value, Tensor n_iters, Tensor error)");
-  // From the gradients of plan, f, g and cost, of which any may be missing; n_iters is what the forward pass returned.
+  // From the gradients of plan, f, g and cost, of which any may be missing; used is the n_iters that came back.
   m.def(
-      "sinkhorn_backward(Tensor cost, Tensor a, Tensor b, Tensor n_iters, Tensor? grad_plan, Tensor? grad_f,"
-      " Tensor? grad_g, Tensor? grad_cost, float eps, float? tau_a, float? tau_b)"
+      "sinkhorn_backward(Tensor cost, Tensor a, Tensor b, Tensor used, Tensor? grad_plan, Tensor? grad_f,"
+      " Tensor? grad_g, Tensor? grad_cost, float eps, int n_iters, float? tau_a, float? tau_b)"
       " -> (Tensor grad_cost, Tensor grad_a, Tensor grad_b)");
   // x (B, N, D), y (B, M, D), a (B, N), b (B, M) float32, points of unit length for the cosine; f and g are in float64.
   m.def(
       "sinkhorn_points(Tensor x, Tensor y, Tensor a, Tensor b, float eps, int n_iters, float? tol, float? tau_a,"
       " float? tau_b, str metric) -> (Tensor f, Tensor g, Tensor value, Tensor n_iters, Tensor error)");
   m.def(
-      "sinkhorn_points_backward(Tensor x, Tensor y, Tensor a, Tensor b, Tensor n_iters, Tensor? grad_f, Tensor? grad_g,"
-      " float eps, float? tau_a, float? tau_b, str metric)"
+      "sinkhorn_points_backward(Tensor x, Tensor y, Tensor a, Tensor b, Tensor used, Tensor? grad_f, Tensor? grad_g,"
+      " float eps, int n_iters, float? tau_a, float? tau_b, str metric)"
       " -> (Tensor grad_x, Tensor grad_y, Tensor grad_a, Tensor grad_b)");
   // plan @ v for v (B, M, C), where plan_ij = exp((h_x_i + h_y_j - cost_ij) / eps), h_x (B, N) and h_y (B, M) float64
   m.def(

@@ -226,11 +226,11 @@ def sinkhorn(
         a, b, eps, n_iters, tol, tau_a, tau_b,
     )  # fmt: skip
     log_plan = (log_weighted(f, a, eps).unsqueeze(-1) + log_weighted(g, b, eps).unsqueeze(-2) - cost) / eps
-    poison = _poison((cost > -math.inf).flatten(1).all(1), a, b)
+    poison = poison_of((cost > -math.inf).flatten(1).all(1), a, b)
     plan = log_plan.exp() + poison[:, None, None]
     total = (plan * torch.where(cost < math.inf, cost, 0)).sum((-2, -1))
     value = _Envelope.apply(cost, a, b, f, g, plan, eps, tau_a, tau_b)
-    error = _violation(plan.sum(-1), f, a, tau_a) + _violation(plan.sum(-2), g, b, tau_b)
+    error = violation(plan.sum(-1), f, a, tau_a) + violation(plan.sum(-2), g, b, tau_b)
     outputs = (plan, f + poison[:, None], g + poison[:, None], total + poison, value + poison)
     return *(x.to(dtype) for x in outputs), used, (error + poison).detach().float()
 
@@ -256,7 +256,7 @@ def sinkhorn_points(
         lambda h: _softmin_points(y, x, h, eps, metric),
         a, b, eps, n_iters, tol, tau_a, tau_b,
     )  # fmt: skip
-    poison = _poison(x.isfinite().flatten(1).all(1) & y.isfinite().flatten(1).all(1), a, b)
+    poison = poison_of(x.isfinite().flatten(1).all(1) & y.isfinite().flatten(1).all(1), a, b)
     rows, columns = (
         _apply_points(
             p, q, log_weighted(u, m, eps), log_weighted(v, w, eps), torch.ones_like(w).unsqueeze(-1), eps, metric
@@ -265,7 +265,7 @@ def sinkhorn_points(
     )
     rows, columns = rows.squeeze(-1).detach(), columns.squeeze(-1).detach()
     value = _PointsEnvelope.apply(x, y, a, b, f, g, rows.sum(-1), eps, tau_a, tau_b, metric)
-    error = _violation(rows, f, a, tau_a) + _violation(columns, g, b, tau_b)
+    error = violation(rows, f, a, tau_a) + violation(columns, g, b, tau_b)
     return f + poison[:, None], g + poison[:, None], (value + poison).to(dtype), used, (error + poison).detach().float()
 
 
@@ -301,7 +301,7 @@ def _iterate(
             used = used + 1
             continue
         row_sums = torch.where((a > 0) & (f < math.inf), a * ((f - softmin) / eps).exp(), 0)
-        error = _violation(row_sums, f, a, tau_a) + _violation(torch.zeros_like(b), g, b * (g == math.inf), tau_b)
+        error = violation(row_sums, f, a, tau_a) + violation(torch.zeros_like(b), g, b * (g == math.inf), tau_b)
         active = active & ~(error < tol)
         if not torch.compiler.is_compiling() and not active.any():
             break
@@ -372,14 +372,14 @@ def _apply_points(x: Tensor, y: Tensor, h_x: Tensor, h_y: Tensor, v: Tensor, eps
     return torch.cat(parts, 1)
 
 
-def _poison(good: Tensor, a: Tensor, b: Tensor) -> Tensor:
+def poison_of(good: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """NaN for each problem with an input that has no meaning, 0 for the others."""
     for weight in (a, b):
         good = good & ((weight >= 0) & (weight < math.inf)).all(-1)
     return torch.where(good, 0.0, math.nan).to(a.dtype)
 
 
-def _violation(sums: Tensor, potential: Tensor, weight: Tensor, tau: float | None) -> Tensor:
+def violation(sums: Tensor, potential: Tensor, weight: Tensor, tau: float | None) -> Tensor:
     """L1 distance of a marginal from what optimality asks: weight, or weight exp(-potential / tau) where relaxed."""
     target = weight if tau is None else torch.where(weight > 0, weight * (-potential / tau).exp(), 0)
     return (sums - target).abs().sum(-1)
@@ -390,7 +390,7 @@ def _conjugate(potential: Tensor, tau: float | None) -> Tensor:
     return potential if tau is None else -tau * torch.expm1(-potential / tau)
 
 
-def _dual_value(
+def dual_value(
     a: Tensor, b: Tensor, f: Tensor, g: Tensor, mass: Tensor, eps: float, tau_a: float | None, tau_b: float | None
 ) -> Tensor:
     value = -eps * (mass - a.sum(-1) * b.sum(-1))
@@ -430,7 +430,7 @@ class _Envelope(torch.autograd.Function):
     def forward(ctx, cost, a, b, f, g, plan, eps, tau_a, tau_b):
         ctx.save_for_backward(a, b, f, g, plan)
         ctx.options = eps, tau_a, tau_b
-        return _dual_value(a, b, f, g, plan.sum((-2, -1)), eps, tau_a, tau_b)
+        return dual_value(a, b, f, g, plan.sum((-2, -1)), eps, tau_a, tau_b)
 
     @staticmethod
     def backward(ctx, grad):
@@ -471,7 +471,7 @@ class _PointsEnvelope(torch.autograd.Function):
     def forward(ctx, x, y, a, b, f, g, mass, eps, tau_a, tau_b, metric):
         ctx.save_for_backward(x, y, a, b, f, g)
         ctx.options = eps, tau_a, tau_b, metric
-        return _dual_value(a, b, f, g, mass, eps, tau_a, tau_b)
+        return dual_value(a, b, f, g, mass, eps, tau_a, tau_b)
 
     @staticmethod
     def backward(ctx, grad):

@@ -1,13 +1,13 @@
 """Entropic optimal transport by Sinkhorn's iterations, batched: from a cost matrix, or from points without one."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dpdiff_kernels import reference
-from dpdiff_kernels.backends import select
+from dpdiff_kernels.backends import backends, select
 from dpdiff_kernels.checks import (
     check_choice,
     check_floats,
@@ -57,8 +57,7 @@ class PointTransport(NamedTuple):
         if v.dim() != len(batch) + 2 or v.shape[:-1] != (*batch, m):
             raise ValueError(f"v has shape {tuple(v.shape)}: expected {(*batch, m, 'C')}")
         flat = v.reshape(x.shape[0], m, v.shape[-1]).to(x.dtype)
-        run = torch.ops.dpdiff.sinkhorn_apply if backend == "cpp" else reference.sinkhorn_apply
-        return run(x, y, h_x, h_y, flat, eps, metric).view(*batch, n, v.shape[-1])
+        return _operators(backend).sinkhorn_apply(x, y, h_x, h_y, flat, eps, metric).view(*batch, n, v.shape[-1])
 
 
 def sinkhorn(
@@ -147,7 +146,7 @@ def sinkhorn(
     if cost.dim() < 2:
         raise ValueError(f"cost has shape {tuple(cost.shape)}: expected (..., N, M)")
     _check_options(eps, n_iters, tol, tau_a, tau_b)
-    name = select(backend, ("cpp", "reference"), cost)
+    name = select(backend, ("triton", "cpp", "reference"), cost)
 
     *batch, n, m = cost.shape
     size = math.prod(batch)
@@ -158,12 +157,12 @@ def sinkhorn(
     if a is not None or b is not None:
         _check_masses(flat_a, flat_b, cost.dtype, balanced=tau_a is None and tau_b is None)
     problem = flat_cost, flat_a, flat_b, eps, n_iters, tol, tau_a, tau_b
-    if name == "cpp":
+    if name == "reference":
+        plan, f, g, *scalars = reference.sinkhorn(*problem)
+    else:
         # the plan is also the gradient of value with respect to cost
         keep_plan = return_plan or (torch.is_grad_enabled() and any(t.requires_grad for t in problem[:3]))
-        plan, f, g, *scalars = torch.ops.dpdiff.sinkhorn(*problem, keep_plan)
-    else:
-        plan, f, g, *scalars = reference.sinkhorn(*problem)
+        plan, f, g, *scalars = _operators(name).sinkhorn(*problem, keep_plan)
     return Transport(
         plan.view(*batch, n, m) if return_plan else None,
         f.view(*batch, n),
@@ -217,7 +216,7 @@ def sinkhorn_points(
         raise ValueError(f"y has shape {tuple(y.shape)}: expected {(*x.shape[:-2], 'M', x.shape[-1])}, to go with x")
     check_choice("metric", metric, ("l2", "cosine"))
     _check_options(eps, n_iters, tol, tau_a, tau_b)
-    name = select(backend, ("cpp", "reference"), x)
+    name = select(backend, ("triton", "cpp", "reference"), x)
 
     *batch, n, d = x.shape
     m, size = y.shape[-2], math.prod(batch)
@@ -229,8 +228,8 @@ def sinkhorn_points(
         _check_masses(flat_a, flat_b, x.dtype, balanced=tau_a is None and tau_b is None)
     if metric == "cosine":
         flat_x, flat_y = (torch.nn.functional.normalize(p.double(), dim=-1).to(dtype) for p in (flat_x, flat_y))
-    run = torch.ops.dpdiff.sinkhorn_points if name == "cpp" else reference.sinkhorn_points
-    f, g, value, used, error = run(flat_x, flat_y, flat_a, flat_b, eps, n_iters, tol, tau_a, tau_b, metric)
+    points = flat_x, flat_y, flat_a, flat_b
+    f, g, value, used, error = _operators(name).sinkhorn_points(*points, eps, n_iters, tol, tau_a, tau_b, metric)
     h_x, h_y = reference.log_weighted(f, flat_a, eps), reference.log_weighted(g, flat_b, eps)
     return PointTransport(
         value.view(batch),
@@ -278,31 +277,16 @@ def _check_masses(a: Tensor, b: Tensor, dtype: torch.dtype, balanced: bool) -> N
         )
 
 
+def _operators(backend: str) -> Any:
+    """Where the functions of a backend are: all of them have those of `reference`, but for what its docstrings say."""
+    return {"reference": reference, "cpp": torch.ops.dpdiff, "triton": torch.ops.dpdiff_triton}[backend]
+
+
 def _fake(cost, a, b, eps, n_iters, tol, tau_a, tau_b, return_plan):
     batch, n, m = cost.shape
     plan = cost.new_empty(batch if return_plan else 0, n, m)
     total, value, error = (cost.new_empty(batch) for _ in range(3))
     return plan, torch.empty_like(a), torch.empty_like(b), total, value, cost.new_empty(batch, dtype=torch.int64), error
-
-
-def _save(ctx, inputs, output):
-    cost, a, b, *ctx.options = inputs
-    plan, f, g, _, _, n_iters, error = output
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(n_iters, error)
-    ctx.save_for_backward(cost, a, b, plan, f, g, n_iters)
-
-
-def _backward(ctx, of_plan, of_f, of_g, of_total, of_value, *_):
-    cost, a, b, plan, f, g, n_iters = ctx.saved_tensors
-    eps, _, _, tau_a, tau_b, _ = ctx.options
-    grads = [None] * 3
-    if any(grad is not None for grad in (of_plan, of_f, of_g, of_total)):
-        differentiate = torch.ops.dpdiff.sinkhorn_backward
-        grads = differentiate(cost, a, b, n_iters, of_plan, of_f, of_g, of_total, eps, tau_a, tau_b)
-    if of_value is not None:
-        grads = _sums(grads, reference.envelope_gradients(of_value, a, b, f, g, plan, eps, tau_a, tau_b))
-    return *grads, *[None] * 6
 
 
 def _fake_points(x, y, a, b, eps, n_iters, tol, tau_a, tau_b, metric):
@@ -311,47 +295,12 @@ def _fake_points(x, y, a, b, eps, n_iters, tol, tau_a, tau_b, metric):
     return f, g, x.new_empty(batch), x.new_empty(batch, dtype=torch.int64), x.new_empty(batch)
 
 
-def _save_points(ctx, inputs, output):
-    x, y, a, b, *ctx.options = inputs
-    f, g, _, n_iters, error = output
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(n_iters, error)
-    ctx.save_for_backward(x, y, a, b, f, g, n_iters)
-
-
-def _backward_points(ctx, of_f, of_g, of_value, *_):
-    x, y, a, b, f, g, n_iters = ctx.saved_tensors
-    eps, _, _, tau_a, tau_b, metric = ctx.options
-    grads = [None] * 4
-    if of_f is not None or of_g is not None:
-        of_f, of_g = (None if grad is None else grad.float() for grad in (of_f, of_g))
-        differentiate = torch.ops.dpdiff.sinkhorn_points_backward
-        grads = differentiate(x, y, a, b, n_iters, of_f, of_g, eps, tau_a, tau_b, metric)
-    if of_value is not None:
-        apply = torch.ops.dpdiff.sinkhorn_apply
-        direct = reference.points_envelope_gradients(apply, of_value, x, y, a, b, f, g, eps, tau_a, tau_b, metric)
-        grads = _sums(grads, (grad.to(x.dtype) for grad in direct))
-    return *grads, *[None] * 6
-
-
 def _fake_apply(x, y, h_x, h_y, v, eps, metric):
     return x.new_empty(x.shape[0], x.shape[1], v.shape[2])
 
 
-def _save_apply(ctx, inputs, output):
-    *tensors, ctx.eps, ctx.metric = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _backward_apply(ctx, grad):
-    x, y, h_x, h_y, v = ctx.saved_tensors
-    grads, of_v = [None] * 4, None
-    if any(ctx.needs_input_grad[:4]):
-        differentiate = torch.ops.dpdiff.sinkhorn_apply_backward
-        grads = differentiate(grad, x, y, h_x, h_y, v, ctx.eps, ctx.metric)
-    if ctx.needs_input_grad[4]:
-        of_v = torch.ops.dpdiff.sinkhorn_apply(y, x, h_y, h_x, grad, ctx.eps, ctx.metric)
-    return *grads, of_v, None, None
+def _like(*tensors):
+    return tuple(map(torch.empty_like, tensors))
 
 
 def _sums(grads, others):
@@ -360,31 +309,80 @@ def _sums(grads, others):
 
 def _not_twice(ctx, *grads):
     raise NotImplementedError(
-        "on cpp, only the gradients of value can be differentiated again, and not those of sinkhorn_points: "
+        "but for the gradients of value, and those not of sinkhorn_points, second derivatives are on the reference: "
         "use backend='reference'"
     )
 
 
-if hasattr(torch.ops.dpdiff, "sinkhorn"):  # the native library is there
-    register_fake, register_autograd = torch.library.register_fake, torch.library.register_autograd
-    register_fake("dpdiff::sinkhorn", _fake)
-    register_fake("dpdiff::sinkhorn_points", _fake_points)
-    register_fake("dpdiff::sinkhorn_apply", _fake_apply)
-    register_autograd("dpdiff::sinkhorn", _backward, setup_context=_save)
-    register_autograd("dpdiff::sinkhorn_points", _backward_points, setup_context=_save_points)
-    register_autograd("dpdiff::sinkhorn_apply", _backward_apply, setup_context=_save_apply)
+def _register(namespace: str) -> None:
+    """Fake kernels and gradients of the operators of `namespace`."""
+    ops = getattr(torch.ops, namespace)
 
-    @register_fake("dpdiff::sinkhorn_backward")
-    def _(cost, a, b, *_):
-        return torch.empty_like(cost), torch.empty_like(a), torch.empty_like(b)
+    def save(ctx, inputs, output):
+        cost, a, b, *ctx.options = inputs
+        plan, f, g, _, _, used, error = output
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(used, error)
+        ctx.save_for_backward(cost, a, b, plan, f, g, used)
 
-    @register_fake("dpdiff::sinkhorn_points_backward")
-    def _(x, y, a, b, *_):
-        return torch.empty_like(x), torch.empty_like(y), torch.empty_like(a), torch.empty_like(b)
+    def backward(ctx, of_plan, of_f, of_g, of_total, of_value, *_):
+        cost, a, b, plan, f, g, used = ctx.saved_tensors
+        eps, n_iters, _, tau_a, tau_b, _ = ctx.options
+        grads, given = [None] * 3, (of_plan, of_f, of_g, of_total)
+        if any(grad is not None for grad in given):
+            grads = ops.sinkhorn_backward(cost, a, b, used, *given, eps, n_iters, tau_a, tau_b)
+        if of_value is not None:
+            grads = _sums(grads, reference.envelope_gradients(of_value, a, b, f, g, plan, eps, tau_a, tau_b))
+        return *grads, *[None] * 6
 
-    @register_fake("dpdiff::sinkhorn_apply_backward")
-    def _(grad, x, y, h_x, h_y, *_):
-        return torch.empty_like(x), torch.empty_like(y), torch.empty_like(h_x), torch.empty_like(h_y)
+    def save_points(ctx, inputs, output):
+        x, y, a, b, *ctx.options = inputs
+        f, g, _, used, error = output
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(used, error)
+        ctx.save_for_backward(x, y, a, b, f, g, used)
 
-    for name in ("sinkhorn_backward", "sinkhorn_points_backward", "sinkhorn_apply_backward"):
-        register_autograd(f"dpdiff::{name}", _not_twice)
+    def backward_points(ctx, of_f, of_g, of_value, *_):
+        x, y, a, b, f, g, used = ctx.saved_tensors
+        eps, n_iters, _, tau_a, tau_b, metric = ctx.options
+        grads = [None] * 4
+        if of_f is not None or of_g is not None:
+            given = (None if grad is None else grad.float() for grad in (of_f, of_g))
+            grads = ops.sinkhorn_points_backward(x, y, a, b, used, *given, eps, n_iters, tau_a, tau_b, metric)
+        if of_value is not None:
+            problem = x, y, a, b, f, g, eps, tau_a, tau_b, metric
+            direct = reference.points_envelope_gradients(ops.sinkhorn_apply, of_value, *problem)
+            grads = _sums(grads, (grad.to(x.dtype) for grad in direct))
+        return *grads, *[None] * 6
+
+    def save_apply(ctx, inputs, output):
+        *tensors, ctx.eps, ctx.metric = inputs
+        ctx.save_for_backward(*tensors)
+
+    def backward_apply(ctx, grad):
+        x, y, h_x, h_y, v = ctx.saved_tensors
+        grads, of_v = [None] * 4, None
+        if any(ctx.needs_input_grad[:4]):
+            grads = ops.sinkhorn_apply_backward(grad, x, y, h_x, h_y, v, ctx.eps, ctx.metric)
+        if ctx.needs_input_grad[4]:
+            of_v = ops.sinkhorn_apply(y, x, h_y, h_x, grad, ctx.eps, ctx.metric)
+        return *grads, of_v, None, None
+
+    for name, fake, formula, setup in (
+        ("sinkhorn", _fake, backward, save),
+        ("sinkhorn_points", _fake_points, backward_points, save_points),
+        ("sinkhorn_apply", _fake_apply, backward_apply, save_apply),
+        ("sinkhorn_backward", lambda cost, a, b, *_: _like(cost, a, b), _not_twice, None),
+        ("sinkhorn_points_backward", lambda x, y, a, b, *_: _like(x, y, a, b), _not_twice, None),
+        ("sinkhorn_apply_backward", lambda _, x, y, h_x, h_y, *__: _like(x, y, h_x, h_y), _not_twice, None),
+    ):
+        torch.library.register_fake(f"{namespace}::{name}", fake)
+        torch.library.register_autograd(f"{namespace}::{name}", formula, setup_context=setup)
+
+
+if backends()["cpp"]:
+    _register("dpdiff")
+if backends()["triton"]:
+    import dpdiff_kernels.triton.sinkhorn_points  # noqa: F401, for what it registers; it imports triton.sinkhorn
+
+    _register("dpdiff_triton")

@@ -78,15 +78,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sinkhorn(
 }
 
 std::tuple<Tensor, Tensor, Tensor> sinkhorn_backward(
-    const Tensor& cost_, const Tensor& a_, const Tensor& b_, const Tensor& n_iters, const MaybeTensor& of_plan_,
-    const MaybeTensor& of_f_, const MaybeTensor& of_g_, const MaybeTensor& of_total_, double eps,
+    const Tensor& cost_, const Tensor& a_, const Tensor& b_, const Tensor& used_, const MaybeTensor& of_plan_,
+    const MaybeTensor& of_f_, const MaybeTensor& of_g_, const MaybeTensor& of_total_, double eps, int64_t n_iters,
     std::optional<double> tau_a, std::optional<double> tau_b) {
-  const Tensor cost = dense(cost_), a = dense(a_), b = dense(b_), used = dense(n_iters);
+  const Tensor cost = dense(cost_), a = dense(a_), b = dense(b_), used = dense(used_);
   const MaybeTensor of_plan = dense(of_plan_), of_f = dense(of_f_), of_g = dense(of_g_), of_total = dense(of_total_);
   const int64_t batch = cost.size(0), n = cost.size(1), m = cost.size(2);
   const Tensor of_cost = empty(cost, {batch, n, m}), of_a = empty(cost, {batch, n}), of_b = empty(cost, {batch, m});
 
-  const SinkhornOptions chosen = options(eps, 1, std::nullopt, tau_a, tau_b);
+  const SinkhornOptions chosen = options(eps, n_iters, std::nullopt, tau_a, tau_b);
   const float *costs = data(cost), *as = data(a), *bs = data(b);
   const float *plans = data(of_plan), *fs = data(of_f), *gs = data(of_g), *totals = data(of_total);
   float *to_cost = data_of(of_cost), *to_a = data_of(of_a), *to_b = data_of(of_b);
@@ -149,16 +149,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sinkhorn_points(
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> sinkhorn_points_backward(
-    const Tensor& x, const Tensor& y, const Tensor& a_, const Tensor& b_, const Tensor& n_iters, const MaybeTensor& of_f_,
-    const MaybeTensor& of_g_, double eps, std::optional<double> tau_a, std::optional<double> tau_b, const std::string& metric) {
+    const Tensor& x, const Tensor& y, const Tensor& a_, const Tensor& b_, const Tensor& used_, const MaybeTensor& of_f_,
+    const MaybeTensor& of_g_, double eps, int64_t n_iters, std::optional<double> tau_a, std::optional<double> tau_b,
+    const std::string& metric) {
   const Points points(x, y, metric);
   const int64_t batch = points.batch, n = points.n, m = points.m, dim = points.dim;
-  const Tensor a = dense(a_), b = dense(b_), used = dense(n_iters);
+  const Tensor a = dense(a_), b = dense(b_), used = dense(used_);
   const MaybeTensor of_f = dense(of_f_), of_g = dense(of_g_);
   const Tensor of_x = empty(x, {batch, n, dim}), of_y = empty(x, {batch, m, dim});
   const Tensor of_a = empty(x, {batch, n}), of_b = empty(x, {batch, m});
 
-  const SinkhornOptions chosen = options(eps, 1, std::nullopt, tau_a, tau_b);
+  const SinkhornOptions chosen = options(eps, n_iters, std::nullopt, tau_a, tau_b);
   const float *as = data(a), *bs = data(b), *fs = data(of_f), *gs = data(of_g);
   float *to_x = data_of(of_x), *to_y = data_of(of_y), *to_a = data_of(of_a), *to_b = data_of(of_b);
   int64_t* counts = used.mutable_data_ptr<int64_t>();

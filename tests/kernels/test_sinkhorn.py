@@ -824,7 +824,7 @@ def test_opcheck(shape):
             a, b = a.detach(), b.detach()
         torch.library.opcheck(torch.ops.dpdiff.sinkhorn.default, (cost, a, b, 0.1, 4, tol, tau, tau, plan))
     used = torch.full(shape[:1], 4)
-    args = cost, a, b, used, torch.rand(shape), torch.rand(a.shape), None, torch.rand(shape[:1]), 0.1, None, 0.5
+    args = cost, a, b, used, torch.rand(shape), torch.rand(a.shape), None, torch.rand(shape[:1]), 0.1, 4, None, 0.5
     torch.library.opcheck(torch.ops.dpdiff.sinkhorn_backward.default, args)
 
 
@@ -841,7 +841,7 @@ def test_opcheck_of_points(shape):
     torch.library.opcheck(ops.sinkhorn_apply.default, (x, y, h_x, h_y, v, 0.5, "cosine"))
     x, y, h_y, v = (z.detach() for z in (x, y, h_y, v))
     used = torch.full((batch,), 3)
-    args = x, y, a, b, used, torch.randn(batch, n), None, 0.5, None, 0.7, "l2"
+    args = x, y, a, b, used, torch.randn(batch, n), None, 0.5, 3, None, 0.7, "l2"
     torch.library.opcheck(ops.sinkhorn_points_backward.default, args)
     torch.library.opcheck(
         ops.sinkhorn_apply_backward.default, (torch.randn(batch, n, 2), x, y, h_x, h_y, v, 0.5, "cosine")

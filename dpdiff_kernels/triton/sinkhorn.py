@@ -1,0 +1,469 @@
+"""Sinkhorn from a cost matrix that stays in global memory: half-steps that stream it, in the log domain.
+
+Exponents h_i + k_j - cost_ij are small where they matter and their parts are not, so that potentials are kept in
+float64 and handed to the next half-step as pairs of float32 (what float32 holds, and the rest), and differences keep
+what rounding loses. Each output point belongs to one program: no atomics, the same bits every time. A problem that is
+within tol is passed over by the launches that follow, so that the host never waits for the device.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dpdiff_kernels import reference
+from dpdiff_kernels.triton.launch import Variant, on_device
+
+_INF = tl.constexpr(float("inf"))
+
+
+# Tiles of (output points, reduced points) and warps. The matrix is contiguous in the reduced points for rows, in the
+# output points for columns.
+def _tiles(columns: bool) -> dict[str, int]:
+    return {"OUT": 64, "REDUCED": 64, "num_warps": 8} if columns else {"OUT": 16, "REDUCED": 256, "num_warps": 8}
+
+
+# ------------------------------------------------------------------------------------------- shared by both sources
+
+
+@triton.jit
+def stopped(used, parts, stranded, b, k, n_parts, tol, COLUMNS: tl.constexpr):
+    """Whether problem b is done before iteration k; the columns' half-step, which reads the error of the rows that
+    the rows' half-step has just found, decides it. used is at least k as long as it isn't done."""
+    done = tl.load(used + b) < k
+    if COLUMNS:
+        if k > 0:
+            error = tl.load(stranded + b)
+            for start in range(0, n_parts, 1024):
+                i = start + tl.arange(0, 1024)
+                error += tl.sum(tl.load(parts + b * n_parts + i, mask=i < n_parts, other=0.0))
+            done = done | (error < tol)
+    return done
+
+
+@triton.jit
+def violation(softmin, i, keep, b, n, potential, weight, eps, tau):
+    """L1 distance between the marginal of the potential before and its target, from the next softmin. tau is inf where
+    the marginal is balanced."""
+    w = tl.load(weight + b * n + i, mask=keep, other=0.0).to(tl.float64)
+    sums = tl.where((w > 0) & (potential < _INF), w * tl.exp((potential - softmin) / eps), 0.0)
+    unreached = tl.where(tau < _INF, 0.0, w)
+    target = tl.where((w > 0) & (potential < _INF), w * tl.exp(-potential / tau), unreached)
+    return tl.sum(tl.where(keep, tl.abs(sums - target), 0.0)).to(tl.float32)
+
+
+@triton.jit
+def carried(value, i, keep, b, n, log_weight):
+    """potential + eps log(weight), -inf where nothing is carried."""
+    log_w = tl.load(log_weight + b * n + i, mask=keep, other=-_INF)
+    return tl.where((log_w > -_INF) & (value < _INF), value + log_w, -_INF)
+
+
+def iterate(
+    half_step: Callable[..., None],
+    a: Tensor,
+    b: Tensor,
+    n_iters: int,
+    tol: float | None,
+    tau_b: float | None,
+    n_parts: int,
+    keep_all: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Runs half_step(columns, k, f_before, out, used, parts, stranded). Returns f (B, N), g (B, M) in float64 and the
+    iterations used; with keep_all, f (B, n_iters, N) and g (B, n_iters, M) after each iteration, 0 after the last."""
+    batch, slots = a.shape[0], n_iters if keep_all else 2  # f before, in case that was within tol
+    f = a.new_zeros(batch, slots, a.shape[1], dtype=torch.float64)
+    g = b.new_zeros(batch, slots if keep_all else 1, b.shape[1], dtype=torch.float64)
+    used = torch.full((batch,), n_iters if tol is None else 0, dtype=torch.int64, device=a.device)
+    parts, stranded = (None, None) if tol is None else (a.new_zeros(batch, n_parts), a.new_zeros(batch))
+    for k in range(n_iters):
+        to_f, to_g = f[:, k % slots], g[:, k % g.shape[1]]
+        half_step(False, k, f[:, (k - 1) % slots], to_f, used, parts, stranded)
+        half_step(True, k, None, to_g, used, parts, stranded)
+        if k == 0 and tol is not None and tau_b is None:
+            stranded = torch.where(to_g == float("inf"), b, 0).sum(-1)
+    if keep_all:
+        return f, g, used
+    last = ((used - 1) % slots)[:, None, None].expand(-1, 1, a.shape[1])
+    return f.gather(1, last).squeeze(1), g.squeeze(1), used
+
+
+def scalars(
+    f: Tensor,
+    g: Tensor,
+    rows: Tensor,
+    columns: Tensor,
+    a: Tensor,
+    b: Tensor,
+    eps: float,
+    tau_a: float | None,
+    tau_b: float | None,
+) -> tuple[Tensor, Tensor]:
+    """value and error, in float64, from the potentials and the marginals of their plan."""
+    rows, columns, a, b = rows.double(), columns.double(), a.double(), b.double()
+    value = reference.dual_value(a, b, f, g, rows.sum(-1), eps, tau_a, tau_b)
+    return value, reference.violation(rows, f, a, tau_a) + reference.violation(columns, g, b, tau_b)
+
+
+def damping(tau: float | None, eps: float) -> float:
+    return 1.0 if tau is None else tau / (tau + eps)
+
+
+def adjoint(
+    transport: Callable[..., Tensor],
+    f: Tensor,
+    g: Tensor,
+    used: Tensor,
+    a: Tensor,
+    b: Tensor,
+    of_f: Tensor,
+    of_g: Tensor,
+    eps: float,
+    tau_a: float | None,
+    tau_b: float | None,
+) -> Iterator[tuple[int, tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor], Tensor, Tensor]]:
+    """Passes the gradients of f and g back through the iterations, from the last to the first.
+
+    g_j = -damp eps log sum_i a_i exp((f_i - cost_ij) / eps) passes its gradient on through the softmax Q_ij = d g_j /
+    d cost_ij, and f likewise through R_ij = d f_i / d cost_ij; both are plans of shifted potentials.
+    `transport(columns, h, k, w)` is sum_j exp((h_i + k_j - cost_ij) / eps) w_j, or the sum over i with w_i for columns.
+
+    Yields, for each iteration, k; (h, k, factor) of Q, which is exp((h_i + k_j - cost_ij) / eps) factor_j; (h, k,
+    factor) of R, with factor_i; and what is to be added to the gradients of a's and b's log-weights times eps."""
+    damp_a, damp_b = damping(tau_a, eps), damping(tau_b, eps)
+    for k in range(f.shape[1] - 1, -1, -1):
+        active = (used > k)[:, None]
+        reached_f, reached_g = f[:, k] < float("inf"), g[:, k] < float("inf")
+        h_f, k_g = reference.log_weighted(f[:, k], a, eps), torch.where(reached_g, g[:, k] / damp_b, 0)
+        factor_g = torch.where(active & reached_g, damp_b * of_g, 0).float()
+        rows = transport(False, h_f, k_g, factor_g).double()
+
+        h_g = reference.log_weighted(g[:, k - 1] if k else torch.zeros_like(g[:, 0]), b, eps)
+        k_f = torch.where(reached_f, f[:, k] / damp_a, 0)
+        factor_f = torch.where(active & reached_f, damp_a * (of_f - rows), 0).float()
+        columns = transport(True, k_f, h_g, factor_f).double()
+        of_f, of_g = torch.where(active, 0, of_f), torch.where(active, -columns, of_g)
+        yield k, (h_f, k_g, factor_g), (k_f, h_g, factor_f), rows, columns
+
+
+# ------------------------------------------------------------------------------------------- kernels
+
+
+@triton.jit
+def _sum_of(a, b):
+    """a + b, and what rounding lost of it (Knuth)."""
+    s = a + b
+    t = s - a
+    return s, (a - (s - t)) + (b - t)
+
+
+@triton.jit
+def _tile(cost, b, i, j, n, m, COLUMNS: tl.constexpr):
+    """Costs of output points i (rows of the tile) and reduced points j, inf beyond the edges; n of the outputs."""
+    if COLUMNS:
+        at = j[None, :].to(tl.int64) * n + i[:, None]
+    else:
+        at = i[:, None].to(tl.int64) * m + j[None, :]
+    inside = (i < n)[:, None] & (j < m)[None, :]
+    return tl.load(cost + b.to(tl.int64) * n * m + at, mask=inside, other=_INF)
+
+
+@triton.jit(do_not_specialize=["k"])
+def _half_step(
+    cost, high, low, weight, log_weight, before, out, out_high, out_low, used, parts, stranded,
+    k, n, m, n_parts, stride, eps: tl.float64, scale, damp: tl.float64, tau: tl.float64, tol: tl.float64,
+    COLUMNS: tl.constexpr, TOL: tl.constexpr, OUT: tl.constexpr, REDUCED: tl.constexpr,
+):  # fmt: skip
+    """out_i = -damp eps log sum_j exp((h_j - cost_ij) / eps), h = high + low, for n output and m reduced points."""
+    tiles = tl.cdiv(n, OUT)
+    b = tl.program_id(0) // tiles
+    tile = tl.program_id(0) % tiles
+    if TOL:
+        if stopped(used, parts, stranded, b, k, n_parts, tol, COLUMNS):
+            return
+    i = tile * OUT + tl.arange(0, OUT)
+    most = tl.full((OUT,), -_INF, tl.float32)
+    total = tl.zeros((OUT,), tl.float32)
+    for start in range(0, m, REDUCED):
+        j = start + tl.arange(0, REDUCED)
+        h = tl.load(high + b * m + j, mask=j < m, other=-_INF)
+        h_rest = tl.load(low + b * m + j, mask=j < m, other=0.0)
+        c = _tile(cost, b, i, j, n, m, COLUMNS)
+        x, rest = _sum_of(h[None, :], -c)
+        rest = tl.where(x > -_INF, rest + h_rest[None, :], 0.0)  # else infinite minus infinite
+        greater = tl.maximum(most, tl.max(x, 1))
+        base = tl.where(greater > -_INF, greater, 0.0)
+        terms = tl.exp2(((x - base[:, None]) + rest) * scale)
+        total = total * tl.exp2((most - base) * scale) + tl.sum(terms, 1)
+        most = greater
+    keep = i < n
+    softmin = tl.where(total > 0, -(most.to(tl.float64) + eps * tl.log(total.to(tl.float64))), _INF)
+    if TOL:
+        if COLUMNS:
+            if tile == 0:
+                tl.store(used + b, (k + 1).to(tl.int64))
+        else:
+            potential = tl.load(before + b * stride + i, mask=keep, other=_INF)
+            off = violation(softmin, i, keep, b, n, potential, weight, eps, tau)
+            tl.store(parts + b * n_parts + tile, off)
+    value = softmin * damp
+    tl.store(out + b * stride + i, value, mask=keep)
+    h = carried(value, i, keep, b, n, log_weight)
+    h_high = h.to(tl.float32)
+    tl.store(out_high + b * n + i, h_high, mask=keep)
+    tl.store(out_low + b * n + i, tl.where(h > -_INF, h - h_high.to(tl.float64), 0.0).to(tl.float32), mask=keep)
+
+
+@triton.jit
+def _transport(
+    cost, h_high, h_low, k_high, k_low, factor, plan, sums, totals, n, m, scale,
+    COLUMNS: tl.constexpr, OUT: tl.constexpr, REDUCED: tl.constexpr,
+):  # fmt: skip
+    """sums_i = sum_j P_ij factor_j (1 where there is none), for P_ij = exp((h_i + k_j - cost_ij) / eps); and, where
+    asked for, P itself and totals_i = sum_j P_ij cost_ij."""
+    tiles = tl.cdiv(n, OUT)
+    b = tl.program_id(0) // tiles
+    i = (tl.program_id(0) % tiles) * OUT + tl.arange(0, OUT)
+    keep = i < n
+    h = tl.load(h_high + b * n + i, mask=keep, other=-_INF)
+    h_rest = tl.load(h_low + b * n + i, mask=keep, other=0.0)
+    summed = tl.zeros((OUT,), tl.float32)
+    total = tl.zeros((OUT,), tl.float32)
+    for start in range(0, m, REDUCED):
+        j = start + tl.arange(0, REDUCED)
+        k = tl.load(k_high + b * m + j, mask=j < m, other=-_INF)
+        k_rest = tl.load(k_low + b * m + j, mask=j < m, other=0.0)
+        c = _tile(cost, b, i, j, n, m, COLUMNS)
+        p = _plan(h[:, None], h_rest[:, None], k[None, :], k_rest[None, :], c, scale)
+        if plan is not None:
+            inside = keep[:, None] & (j < m)[None, :]
+            tl.store(plan + b.to(tl.int64) * n * m + i[:, None].to(tl.int64) * m + j[None, :], p, mask=inside)
+        if totals is not None:
+            total += tl.sum(p * tl.where(c < _INF, c, 0.0), 1)
+        if factor is not None:
+            p *= tl.load(factor + b * m + j, mask=j < m, other=0.0)[None, :]
+        summed += tl.sum(p, 1)
+    tl.store(sums + b * n + i, summed, mask=keep)
+    if totals is not None:
+        tl.store(totals + b * n + i, total, mask=keep)
+
+
+@triton.jit
+def _plan(h, h_rest, k, k_rest, c, scale):
+    s, lost = _sum_of(h, k)
+    x, lost_again = _sum_of(s, -c)
+    rest = tl.where(x > -_INF, (lost + lost_again) + (h_rest + k_rest), 0.0)
+    return tl.exp2(tl.minimum((x + rest) * scale, 126.0))
+
+
+@triton.jit
+def _cost_gradient(
+    out, cost, used, q_h_high, q_h_low, q_k_high, q_k_low, q_factor, r_h_high, r_h_low, r_k_high, r_k_low, r_factor,
+    n, m, n_iters, scale, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """out_ij += the sum over iterations of Q_ij factor_j + R_ij factor_i, of potentials (B, n_iters, N or M)."""
+    row_tiles, column_tiles = tl.cdiv(n, ROWS), tl.cdiv(m, WIDTH)
+    b = tl.program_id(0) // (row_tiles * column_tiles)
+    tile = tl.program_id(0) % (row_tiles * column_tiles)
+    i = tile // column_tiles * ROWS + tl.arange(0, ROWS)
+    j = tile % column_tiles * WIDTH + tl.arange(0, WIDTH)
+    in_rows, in_columns = i < n, j < m
+    c = _tile(cost, b, i, j, n, m, False)
+    total = tl.zeros((ROWS, WIDTH), tl.float32)
+    for k in range(0, tl.load(used + b).to(tl.int32)):
+        row = (b.to(tl.int64) * n_iters + k) * n + i
+        column = (b.to(tl.int64) * n_iters + k) * m + j
+        h = tl.load(q_h_high + row, mask=in_rows, other=-_INF)[:, None]
+        h_rest = tl.load(q_h_low + row, mask=in_rows, other=0.0)[:, None]
+        p_k = tl.load(q_k_high + column, mask=in_columns, other=-_INF)[None, :]
+        p_rest = tl.load(q_k_low + column, mask=in_columns, other=0.0)[None, :]
+        factor = tl.load(q_factor + column, mask=in_columns, other=0.0)[None, :]
+        total += _plan(h, h_rest, p_k, p_rest, c, scale) * factor
+        h = tl.load(r_h_high + row, mask=in_rows, other=-_INF)[:, None]
+        h_rest = tl.load(r_h_low + row, mask=in_rows, other=0.0)[:, None]
+        p_k = tl.load(r_k_high + column, mask=in_columns, other=-_INF)[None, :]
+        p_rest = tl.load(r_k_low + column, mask=in_columns, other=0.0)[None, :]
+        factor = tl.load(r_factor + row, mask=in_rows, other=0.0)[:, None]
+        total += _plan(h, h_rest, p_k, p_rest, c, scale) * factor
+    to = out + b.to(tl.int64) * n * m + i[:, None].to(tl.int64) * m + j[None, :]
+    inside = in_rows[:, None] & in_columns[None, :]
+    tl.store(to, tl.load(to, mask=inside, other=0.0) + total, mask=inside)
+
+
+# ------------------------------------------------------------------------------------------- launches
+
+
+def _pair(x: Tensor) -> tuple[Tensor, Tensor]:
+    """float64 as the sum of two float32, and an infinity as itself and 0."""
+    high = x.float()
+    return high, torch.where(high.isfinite(), x - high.double(), 0).float()
+
+
+class _Costs:
+    """Launches on one batch of costs (B, N, M)."""
+
+    def __init__(self, cost: Tensor, eps: float):
+        self.cost, self.eps, self.scale = cost, eps, 1.4426950408889634 / eps
+        self.batch, self.n, self.m = cost.shape
+
+    def _grid(self, columns: bool) -> tuple[int]:
+        return (self.batch * triton.cdiv(self.m if columns else self.n, _tiles(columns)["OUT"]),)
+
+    def iterate(self, a, b, n_iters, tol, tau_a, tau_b, keep_all=False):
+        logs = self.eps * a.double().log(), self.eps * b.double().log()
+        weights, taus = (a, b), (tau_a, tau_b)
+        n_parts = triton.cdiv(self.n, _tiles(False)["OUT"])
+        pairs = [tuple(torch.empty_like(a) for _ in range(2)), _pair(torch.where(b > 0, logs[1], -float("inf")))]
+
+        def half_step(columns, k, before, out, used, parts, stranded):
+            if not out.numel():
+                return
+            side, other = (1, 0) if columns else (0, 1)
+            n, m = (self.m, self.n) if columns else (self.n, self.m)
+            _half_step[self._grid(columns)](
+                self.cost, *pairs[other], weights[side], logs[side], before, out, *pairs[side],
+                used, parts, stranded, k, n, m, n_parts, out.stride(0),
+                self.eps, self.scale, damping(taus[side], self.eps), taus[side] or float("inf"), tol or 0.0,
+                COLUMNS=columns, TOL=tol is not None, **_tiles(columns),
+            )  # fmt: skip
+
+        return iterate(half_step, a, b, n_iters, tol, tau_b, n_parts, keep_all)
+
+    def transport(self, columns: bool, h: Tensor, k: Tensor, factor=None, plan=None, totals=None) -> Tensor:
+        """Of h (B, N) and k (B, M) in float64: sums over the columns, or for columns over the rows."""
+        out, reduced = (k, h) if columns else (h, k)
+        sums = torch.empty_like(out, dtype=torch.float32)
+        if out.numel():
+            _transport[self._grid(columns)](
+                self.cost, *_pair(out), *_pair(reduced), factor, plan, sums, totals,
+                out.shape[1], reduced.shape[1], self.scale, COLUMNS=columns, **_tiles(columns),
+            )  # fmt: skip
+        return sums
+
+    def add_gradient(self, out: Tensor, used: Tensor, q: tuple[Tensor, ...], r: tuple[Tensor, ...]) -> None:
+        if out.numel():
+            tiles = {"ROWS": 32, "WIDTH": 64}
+            grid = self.batch * triton.cdiv(self.n, 32) * triton.cdiv(self.m, 64)
+            _cost_gradient[(grid,)](
+                out, self.cost, used, *_pair(q[0]), *_pair(q[1]), q[2], *_pair(r[0]), *_pair(r[1]), r[2],
+                self.n, self.m, q[0].shape[1], self.scale, **tiles, num_warps=4,
+            )  # fmt: skip
+
+
+# Custom operators rather than triton_op: a loop over launches, which torch.compile had better not unroll.
+
+
+@torch.library.custom_op("dpdiff_triton::sinkhorn", mutates_args=())
+def sinkhorn(
+    cost: Tensor,
+    a: Tensor,
+    b: Tensor,
+    eps: float,
+    n_iters: int,
+    tol: float | None,
+    tau_a: float | None,
+    tau_b: float | None,
+    return_plan: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """As dpdiff::sinkhorn."""
+    cost, a, b = (x.contiguous() for x in (cost, a, b))
+    batch, n, m = cost.shape
+    with on_device(cost):
+        costs = _Costs(cost, eps)
+        f, g, used = costs.iterate(a, b, n_iters, tol, tau_a, tau_b)
+        h, k = reference.log_weighted(f, a, eps), reference.log_weighted(g, b, eps)
+        plan = cost.new_empty(batch if return_plan else 0, n, m)
+        totals = torch.zeros_like(a)
+        rows = costs.transport(False, h, k, plan=plan if return_plan else None, totals=totals)
+        columns = costs.transport(True, h, k)
+    value, error = scalars(f, g, rows, columns, a, b, eps, tau_a, tau_b)
+    good = cost.amin((1, 2)) > -float("inf") if n and m else torch.ones_like(used, dtype=torch.bool)  # NaN: neither
+    poison = reference.poison_of(good, a, b).double()
+    plan += poison.float()[: len(plan), None, None]
+    f, g, total, value, error = (
+        (x + poison.view(-1, *[1] * (x.dim() - 1))).float() for x in (f, g, totals.sum(-1), value, error)
+    )
+    return plan, f, g, total, value, used, error
+
+
+@torch.library.custom_op("dpdiff_triton::sinkhorn_backward", mutates_args=())
+def sinkhorn_backward(
+    cost: Tensor,
+    a: Tensor,
+    b: Tensor,
+    used: Tensor,
+    of_plan: Tensor | None,
+    of_f: Tensor | None,
+    of_g: Tensor | None,
+    of_total: Tensor | None,
+    eps: float,
+    n_iters: int,
+    tau_a: float | None,
+    tau_b: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As dpdiff::sinkhorn_backward."""
+    cost, a, b = (x.contiguous() for x in (cost, a, b))
+    with on_device(cost):
+        costs = _Costs(cost, eps)
+        f, g, _ = costs.iterate(a, b, n_iters, None, tau_a, tau_b, keep_all=True)
+        to_f = torch.zeros_like(a, dtype=torch.float64) if of_f is None else of_f.double()
+        to_g = torch.zeros_like(b, dtype=torch.float64) if of_g is None else of_g.double()
+        to_a, to_b = torch.zeros_like(to_f), torch.zeros_like(to_g)
+        of_cost = torch.zeros_like(cost)
+        if of_plan is not None or of_total is not None:
+            h, k = (
+                reference.log_weighted(x.take_along_dim((used - 1)[:, None, None], 1).squeeze(1), w, eps)
+                for x, w in ((f, a), (g, b))
+            )
+            plan = torch.empty_like(cost)
+            costs.transport(False, h, k, plan=plan)
+            through = torch.zeros_like(cost) if of_plan is None else of_plan
+            if of_total is not None:
+                through = through + of_total[:, None, None] * torch.where(cost < float("inf"), cost, 0)
+                of_cost += of_total[:, None, None] * plan
+            through = through * plan / eps
+            of_cost -= through
+            rows, columns = through.sum(2, dtype=torch.float64), through.sum(1, dtype=torch.float64)
+            to_f, to_g, to_a, to_b = to_f + rows, to_g + columns, eps * rows, eps * columns
+        q, r = ([torch.empty_like(x) for x in (f, g)] for _ in range(2))
+        q.append(torch.empty_like(g, dtype=torch.float32))
+        r.append(torch.empty_like(f, dtype=torch.float32))
+        for step in adjoint(costs.transport, f, g, used, a, b, to_f, to_g, eps, tau_a, tau_b):
+            i, of_q, of_r, rows, columns = step
+            for histories, now in ((q, of_q), (r, of_r)):
+                for history, x in zip(histories, now):
+                    history[:, i] = x
+            to_a, to_b = to_a - eps * rows, to_b - eps * columns
+        costs.add_gradient(of_cost, used, q, r)
+    of_a, of_b = (torch.where(w > 0, x / w, 0).float() for x, w in ((to_a, a), (to_b, b)))
+    good = cost.amin((1, 2)) > -float("inf") if cost[0:1].numel() else torch.ones_like(used, dtype=torch.bool)
+    poison = reference.poison_of(good, a, b)
+    return of_cost + poison[:, None, None], of_a + poison[:, None], of_b + poison[:, None]
+
+
+def variants(arch: str) -> Iterator[Variant]:
+    """Every configuration that is launched on `arch`."""
+    everything = dict.fromkeys(("cost", "high", "low", "weight", "out_high", "out_low", "parts", "stranded"), "*fp32")
+    everything |= dict.fromkeys(("log_weight", "before", "out"), "*fp64") | {"used": "*i64", "scale": "fp32"}
+    everything |= dict.fromkeys(("k", "n", "m", "n_parts", "stride"), "i32")
+    everything |= dict.fromkeys(("eps", "damp", "tau", "tol"), "fp64")
+    for columns in (False, True):
+        tiles = _tiles(columns)
+        n_warps = tiles.pop("num_warps")
+        for tol in (False, True):
+            constants = {"COLUMNS": columns, "TOL": tol, **tiles}
+            constants |= ({"before": None} if columns else {}) | ({} if tol else {"parts": None, "stranded": None})
+            signature = {name: kind for name, kind in everything.items() if name not in constants}
+            yield Variant(_half_step, signature, constants, n_warps, divisible=("n", "m"))
+        for optional in ((), ("factor",)) if columns else (("factor",), ("plan", "totals"), ("plan",), ("totals",)):
+            names = "cost", "h_high", "h_low", "k_high", "k_low", "sums", *optional
+            signature = dict.fromkeys(names, "*fp32") | {"n": "i32", "m": "i32", "scale": "fp32"}
+            constants = {"COLUMNS": columns, **tiles}
+            constants |= {name: None for name in ("factor", "plan", "totals") if name not in optional}
+            yield Variant(_transport, signature, constants, n_warps, divisible=("n", "m"))
+    sides = [f"{side}_{name}" for side in "qr" for name in ("h_high", "h_low", "k_high", "k_low", "factor")]
+    signature = dict.fromkeys(("out", "cost", *sides), "*fp32") | {"used": "*i64"}
+    signature |= {"n": "i32", "m": "i32", "n_iters": "i32", "scale": "fp32"}
+    yield Variant(_cost_gradient, signature, {"ROWS": 32, "WIDTH": 64}, 4, divisible=("n", "m"))
