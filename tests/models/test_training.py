@@ -110,6 +110,29 @@ def test_ctrl_c_leaves_a_checkpoint_to_go_on_from(run, stop_after, tmp_path):
     assert (tmp_path / "cut" / "model.safetensors").exists()
 
 
+@pytest.mark.parametrize("options", [dict(), dict(num_workers=1)])
+def test_a_killed_run_ends_with_the_weights_of_one_that_was_not(run, tiny, stop_after, monkeypatch, options):
+    """Between the checkpoint after step 4 and the kill before step 7 lies a revival, whose counts began before it."""
+    monkeypatch.setattr(dpdiff_ad, "_REVIVAL_INTERVAL", 6)
+    expected = weights(run("whole", model=tiny(n_local=64)))
+    stop_after(7, die)
+    with pytest.raises(Stop):
+        run("cut", model=tiny(n_local=64), **options)
+    assert_same(weights(run("cut", model=tiny(n_local=64), **options)), expected)
+
+
+def test_a_killed_run_of_dlsr_ends_with_the_same_weights(run, stop_after):
+    def model():
+        torch.manual_seed(0)
+        return dpdiff.DLSR("test_resnet", pretrained=False, image_size=64, hidden=32, depth=2, score="lr")
+
+    expected = weights(run("whole", model=model()))
+    stop_after(7, die)
+    with pytest.raises(Stop):
+        run("cut", model=model())
+    assert_same(weights(run("cut", model=model())), expected)
+
+
 def test_unused_prototypes_are_revived(run, tiny, monkeypatch):
     """Far away from all tokens, nothing else would move them."""
     monkeypatch.setattr(dpdiff_ad, "_REVIVAL_INTERVAL", 5)
