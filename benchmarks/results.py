@@ -72,13 +72,17 @@ def assemble(record: Record, limits: Limits, command: Sequence[str]) -> dict:
             if "floor" in case:
                 case["share"] = case["floor"] / seconds[OURS]
     return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "date": now(),
         "command": " ".join(map(str, command)),
         "machine": machine(),
         "limits": asdict(limits),
         "cases": list(cases.values()),
         "skipped": record.skipped,
     }
+
+
+def now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def machine() -> dict[str, str]:

@@ -69,6 +69,32 @@ def model(
     _run("model", device, json, compare, threshold, only, threads, budget)
 
 
+@bench.command()
+def scaling(
+    categories: Annotated[str, typer.Option(metavar="N,N,...", help="How many.")] = "10,20,40,80,160,320,1600",
+    steps: Annotated[int, typer.Option(metavar="N", min=1, help="Of training.")] = 1200,
+    accuracy: Annotated[bool, typer.Option(help="Evaluate on the whole test set too.")] = True,
+    json: Json = None,
+    plot: Annotated[Path | None, typer.Option(metavar="STEM", help="Write STEM.png and STEM.svg.")] = None,
+) -> None:
+    """Speed, memory and accuracy as categories grow, for DPDiff-AD on fast and plain operators and for unified k-NN.
+
+    Example: `dpdiff bench scaling --categories 10,160 --no-accuracy --steps 20 --json scaling.json`
+    """
+    numbers = [part.strip() for part in categories.split(",")]
+    if not all(number.isdecimal() and int(number) > 0 for number in numbers):
+        raise ValueError(f"--categories is {categories!r}: expected positive numbers, 10,160")
+    if json is not None:
+        check_writable(json, "--json", folder=False)
+    command = [sys.executable, "-m", "benchmarks.scaling", "--categories", *numbers, "--steps", str(steps)]
+    command += ["--accuracy" if accuracy else "--no-accuracy"]
+    command += [] if json is None else ["--json", str(json.absolute())]
+    command += [] if plot is None else ["--plot", str(plot.absolute())]
+    code = subprocess.run(command, cwd=source_tree()).returncode
+    if code:
+        raise RuntimeError(f"the study failed, see above: it ended with {code}")
+
+
 def _run(
     suite: str,
     device: Kind,

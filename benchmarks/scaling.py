@@ -1,0 +1,154 @@
+"""How cost and accuracy go as categories grow, for DPDiff-AD on the fast and the plain operators and for unified k-NN:
+
+    python -m benchmarks.scaling --categories 10 20 40 80 160 --steps 1200 --json scaling.json --plot scaling
+
+Data are rendered products. Each model runs in a process of its own, whose peak memory is taken. Training images/s is of
+steps on cached features, inference images/s of `predict`, backbone included; accuracy is of the whole test set.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import resource
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import torch
+
+import dpdiff_kernels as dk
+from benchmarks import results
+from benchmarks.limits import best_time
+from dpdiff import DPDiffAD, training
+from dpdiff.data import AnomalyDataset, scan
+from dpdiff.data.products import Products
+from dpdiff.evaluation import evaluate
+
+CATEGORIES = (10, 20, 40, 80, 160, 320, 1600)
+MODELS = {"dpdiff": "auto", "reference operators": "reference", "unified k-NN": None}
+FIGURES = ("image_auroc", "pixel_auroc", "aupro")
+_BATCH = 16
+
+
+def measure(model: str, n_categories: int, steps: int, accuracy: bool) -> dict:
+    """One model at one number of categories: its images/s, peak memory in bytes and, where asked for, its accuracy."""
+    catalogue = scan(Products(n_categories, progress=False).root, need="train")
+    run = _knn if MODELS[model] is None else _dpdiff
+    found = run(model, catalogue, steps, accuracy)
+    kibibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"model": model, "categories": n_categories, **found, "peak_memory": 1024 * kibibytes}
+
+
+def _dpdiff(model: str, catalogue, steps: int, accuracy: bool) -> dict:
+    with dk.use_backend(MODELS[model]), tempfile.TemporaryDirectory() as folder:
+        detector = DPDiffAD()
+        training.train(detector, catalogue.train, folder, max_steps=steps, accelerator="cpu", progress=False)
+        images = _images(catalogue.train, detector.image_size)
+        found = {"inference": len(images) / best_time(lambda: detector.predict(images), "cpu", 2.0)}
+        tokens = detector.tokenize(images).clone()
+        optimizer = torch.optim.AdamW([p for p in detector.parameters() if p.requires_grad], lr=0.0)
+        precision = training._best_precision("cpu") == "bf16-mixed"
+        detector.train()
+
+        def step() -> None:
+            with torch.autocast("cpu", torch.bfloat16, enabled=precision):
+                loss = detector.losses(tokens)["loss"]
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        found["training"] = len(images) / best_time(step, "cpu", 2.0)
+        return found | (_accuracy(detector.eval(), catalogue, detector.image_size) if accuracy else {})
+
+
+def _knn(model: str, catalogue, steps: int, accuracy: bool) -> dict:
+    from benchmarks import baseline_knn as knn
+
+    size = 256
+    features = knn.PatchFeatures(knn.Backbone(knn.DEFAULT_BACKBONE, None))
+    banks = knn.build_banks(features, catalogue.train, catalogue.categories, size)
+    parts = (torch.cat([getattr(bank, part) for bank in banks.values()]) for part in ("coreset", "samples"))
+    detector = knn.PatchCore(features, knn.Bank(*parts))
+    images = _images(catalogue.train, size)
+    found = {"inference": len(images) / best_time(lambda: detector.predict(images), "cpu", 2.0)}
+    return found | (_accuracy(detector, catalogue, size) if accuracy else {})
+
+
+def _images(samples: Sequence, size: int) -> torch.Tensor:
+    dataset = AnomalyDataset(samples[:: max(1, len(samples) // _BATCH)][:_BATCH], size)
+    return torch.stack([dataset[i]["image"] for i in range(len(dataset))])
+
+
+def _accuracy(detector, catalogue, size: int) -> dict:
+    mean = evaluate(detector, AnomalyDataset(catalogue.test, size, catalogue.categories), progress=False).mean
+    return {name: mean[name] for name in FIGURES if name in mean}
+
+
+def study(
+    categories: Sequence[int], models: Sequence[str], steps: int, accuracy: bool, say: Callable[[str], None] = print
+) -> dict:
+    """Every model at every number of categories, one after the other, as it is saved."""
+    rows = []
+    for n in categories:
+        for model in models:
+            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+                rows.append(pool.submit(measure, model, n, steps, accuracy).result())
+            say(describe(rows[-1]))
+    about = {"steps": steps, "threads": torch.get_num_threads(), "machine": results.machine()}
+    return {"study": "scaling", "date": results.now(), **about, "rows": rows}
+
+
+def describe(row: dict) -> str:
+    rates = ", ".join(f"{name} {row[name]:.1f} images/s" for name in ("training", "inference") if name in row)
+    figures = "".join(f", {name} {row[name]:.3f}" for name in FIGURES if name in row)
+    return f"{row['categories']:>5} categories, {row['model']}: {rates}, {row['peak_memory'] / 2**30:.2f} GiB{figures}"
+
+
+def plot(found: dict, stem: str) -> None:
+    """Writes stem.png and stem.svg: a panel per quantity, a line per model."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = [n for n in ("training", "inference", "peak_memory", *FIGURES) if any(n in r for r in found["rows"])]
+    figure, axes = plt.subplots(1, len(names), figsize=(3.6 * len(names), 3.4), layout="constrained", squeeze=False)
+    titles = {"training": "training, images/s", "inference": "inference, images/s", "peak_memory": "peak memory, GiB"}
+    for axis, name in zip(axes[0], names):
+        for model in dict.fromkeys(row["model"] for row in found["rows"]):
+            rows = [row for row in found["rows"] if row["model"] == model and name in row]
+            scale = 2**30 if name == "peak_memory" else 1
+            axis.plot([r["categories"] for r in rows], [r[name] / scale for r in rows], marker="o", label=model)
+        axis.set(title=titles.get(name, name.replace("_", " ")), xlabel="categories", xscale="log")
+        if name not in FIGURES:
+            axis.set_ylim(bottom=0)
+    axes[0][0].legend()
+    figure.suptitle(f"{found['machine']['processor']}, {found['date'][:10]}")
+    for suffix in ("png", "svg"):
+        figure.savefig(f"{stem}.{suffix}", dpi=150)
+    plt.close(figure)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--categories", type=int, nargs="+", default=CATEGORIES, metavar="N")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--steps", type=int, default=1200, help="of training (default: %(default)s)")
+    parser.add_argument("--accuracy", action=argparse.BooleanOptionalAction, default=True, help="evaluate too")
+    parser.add_argument("--json", metavar="FILE", help="write the figures there")
+    parser.add_argument("--plot", metavar="STEM", help="write STEM.png and STEM.svg")
+    args = parser.parse_args(arguments)
+    found = study(args.categories, args.models, args.steps, args.accuracy)
+    if args.json:
+        Path(args.json).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    if args.plot:
+        plot(found, args.plot)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
