@@ -135,7 +135,7 @@ class DLSR(Detector):
         reconstruction = self.diffusion.reconstruct(
             lambda noisy, timesteps: denoiser(noisy, timesteps[:1]).float(),  # one embedding for all
             x,
-            self.noise.repeat(len(features), 1),
+            self.noise.repeat(features.shape[0], 1),
             config["timestep"],
             config["n_steps"],
         )

@@ -58,3 +58,13 @@ def test_a_program_that_differs_is_not_written(weights, tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match="scores are off"):
         export(model, file)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_detector_without_maps(tmp_path):
+    model = package.DLSR(pretrained=False, image_size=64).eval()
+    export(model, tmp_path / "dlsr.pt2")
+    program = torch.export.load(tmp_path / "dlsr.pt2").module()
+    images = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(2))
+    out = program(images)
+    assert list(out) == ["scores"]
+    torch.testing.assert_close(out["scores"], model.predict(images).scores, rtol=1e-3, atol=1e-5)
