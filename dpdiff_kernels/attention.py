@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dpdiff_kernels import reference
-from dpdiff_kernels.backends import select
+from dpdiff_kernels.backends import backends, select
 from dpdiff_kernels.checks import check_floats, check_groups, check_int, check_shape
 
 
@@ -59,8 +59,8 @@ def prototype_attention(
     one in a key or value reaches every token that attends to that prototype.
 
     Gradients reach query, banks and gate; those of a shared bank are summed over the batch, in an order that does not
-    depend on the number of threads. `cpp` recomputes scores from two floats saved for each token, head and softmax
-    (with a gate, the difference of the two answers is saved too), and can't be differentiated twice.
+    depend on the number of threads. `cpp` and `triton` recompute scores from two floats saved for each token, head and
+    softmax (with a gate, the difference of the two answers is saved too), and can't be differentiated twice.
 
     Raises:
         TypeError, ValueError: wrong types, dtypes, shapes or devices; ValueError where a batch element has no prototype
@@ -84,7 +84,7 @@ def prototype_attention(
             raise ValueError("local_key has no prototypes, and there is no global bank: expected at least one")
         local_key, local_value, global_key, global_value = global_key, global_value, None, None
         gate = groups = active_groups = None
-    backend = select(backend, ("cpp", "reference"), query)
+    backend = select(backend, ("triton", "cpp", "reference"), query)
 
     batch = math.prod(batch_shape)
     flat = query.reshape(batch, heads, n_tokens, channels)
@@ -93,18 +93,18 @@ def prototype_attention(
         gate = gate.expand(*batch_shape, heads, n_tokens).reshape(batch, heads, n_tokens)
     if active_groups is not None:
         active_groups = active_groups.reshape(batch, active_groups.shape[-1])
-    if backend == "cpp":
+    if backend != "cpp" and active_groups is not None and global_key is None and not torch.compiler.is_compiling():
+        _check_routes(groups, active_groups)
+    if backend == "reference":
+        out = reference.prototype_attention(flat, *banks, gate, scale, groups, active_groups)
+    else:
         if gate is not None:
             gate = gate.float()
         if scale < 0:
             flat, scale = -flat, -scale
         for_backward = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (flat, *banks, gate))
-        operator = torch.ops.dpdiff.prototype_attention
-        out = operator(flat, *banks, gate, scale, groups, active_groups, for_backward)[0]
-    else:
-        if active_groups is not None and global_key is None and not torch.compiler.is_compiling():
-            _check_routes(groups, active_groups)
-        out = reference.prototype_attention(flat, *banks, gate, scale, groups, active_groups)
+        operators = torch.ops.dpdiff if backend == "cpp" else torch.ops.dpdiff_triton
+        out = operators.prototype_attention(flat, *banks, gate, scale, groups, active_groups, for_backward)[0]
     return out.reshape(query.shape)
 
 
@@ -204,25 +204,34 @@ def _save(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, grad_out, *_):
-    if grad_out is None:
-        return (None,) * 10
-    *tensors, groups, active_groups, out, reference, total, difference = ctx.saved_tensors
-    grads = torch.ops.dpdiff.prototype_attention_backward(
-        grad_out, *tensors, ctx.scale, groups, active_groups, out, reference, total, difference
-    )
-    return *(None if t is None else grad for t, grad in zip(tensors, grads)), None, None, None, None
-
-
 def _no_second_backward(ctx, *grads):
-    raise RuntimeError("prototype_attention's cpp backend has no second derivative: use backend='reference'")
+    raise RuntimeError("prototype_attention has no second derivative: pass backend='reference'")
 
 
-if hasattr(torch.ops.dpdiff, "prototype_attention"):  # the native library is there
-    torch.library.register_fake("dpdiff::prototype_attention", _fake)
-    torch.library.register_fake("dpdiff::prototype_attention_backward", _fake_backward)
-    torch.library.register_autograd("dpdiff::prototype_attention", _backward, setup_context=_save)
-    torch.library.register_autograd("dpdiff::prototype_attention_backward", _no_second_backward)
+def _register(library: str) -> None:
+    """Fake kernels and the autograd formula, which are the same for all implementations."""
+
+    def backward(ctx, grad_out, *_):
+        if grad_out is None:
+            return (None,) * 10
+        *tensors, groups, active_groups, out, reference, total, difference = ctx.saved_tensors
+        grads = getattr(torch.ops, library).prototype_attention_backward(
+            grad_out, *tensors, ctx.scale, groups, active_groups, out, reference, total, difference
+        )
+        return *(None if t is None else grad for t, grad in zip(tensors, grads)), None, None, None, None
+
+    torch.library.register_fake(f"{library}::prototype_attention", _fake)
+    torch.library.register_fake(f"{library}::prototype_attention_backward", _fake_backward)
+    torch.library.register_autograd(f"{library}::prototype_attention", backward, setup_context=_save)
+    torch.library.register_autograd(f"{library}::prototype_attention_backward", _no_second_backward)
+
+
+if backends()["cpp"]:
+    _register("dpdiff")
+if backends()["triton"]:
+    import dpdiff_kernels.triton.attention  # noqa: F401
+
+    _register("dpdiff_triton")
 
 
 class ProjectedBanks(NamedTuple):

@@ -1,0 +1,293 @@
+"""prototype_attention on GPUs: tile sizes, launches, and the operators with the native ones' schemas."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from dpdiff_kernels.triton.attention_backward import bank_gradient_kernel, query_gradient_kernel
+from dpdiff_kernels.triton.attention_forward import forward_kernel
+from dpdiff_kernels.triton.launch import Variant, arch_of, launch, on_device
+from dpdiff_kernels.triton.routing import active_lists, active_mask
+
+_LOG2_E = 1.4426950408889634
+_PARTS_BYTES = 32 << 20  # that partial sums of a shared bank's gradients may take
+
+
+class Tile(NamedTuple):
+    tokens: int
+    prototypes: int
+    num_warps: int
+    num_stages: int
+
+
+class Tiles(NamedTuple):
+    forward: Tile
+    query_gradient: Tile
+    bank_gradient: Tile
+
+
+def pick_tiles(arch: str, itemsize: int, block_e: int, two_softmaxes: bool) -> Tiles:
+    """The one table to tune: by architecture, bytes of an element, and channels up to the next power of two."""
+    if itemsize == 4:
+        if block_e > 64:
+            return Tiles(Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1))
+        return Tiles(Tile(64, 32, 8, 2), Tile(32, 32, 4, 1), Tile(32, 32, 8, 1))
+    if block_e <= 64:
+        return Tiles(Tile(128, 64, 8 if two_softmaxes else 4, 3), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2))
+    if block_e == 128:
+        return Tiles(Tile(128, 64, 8, 3), Tile(64, 64, 4, 2), Tile(64, 64, 8, 2))
+    return Tiles(Tile(64, 64, 8, 2), Tile(64, 32, 8, 2), Tile(32, 64, 8, 2))
+
+
+def pick_precision(arch: str) -> str:
+    """Of float32 products. In bf16x6, each factor is three bfloat16s, which hold its 24 bits, and what is left out is
+    below 2^-26 of the product: float32's own accuracy on tensor cores. AMD's multiply float32 as it is."""
+    return "ieee" if arch.startswith("gfx") else "bf16x6"
+
+
+class Problem(NamedTuple):
+    """What both directions derive from their inputs."""
+
+    precision: str
+    tiles: Tiles
+    block_e: int
+    folded: bool
+    sizes: tuple[int, ...]  # batch, heads, tokens, prototypes of the local and of the global bank
+
+    @property
+    def sequence(self) -> int:
+        return self.sizes[2] * (self.sizes[0] if self.folded else 1)
+
+    def programs(self, tile: Tile) -> int:
+        return self.sizes[1] * (1 if self.folded else self.sizes[0]) * triton.cdiv(self.sequence, tile.tokens)
+
+
+def _problem(query, local_key, global_key, gate, groups) -> Problem:
+    batch, heads, n_tokens, channels = query.shape
+    arch = arch_of(query.device)
+    block_e = max(16, triton.next_power_of_2(channels))
+    shared = local_key.dim() == 3 and (global_key is None or global_key.dim() == 3)
+    return Problem(
+        "ieee" if query.device.type == "cpu" else pick_precision(arch),  # the interpreter knows no other
+        pick_tiles(arch, query.element_size(), block_e, gate is not None),
+        block_e,
+        shared and groups is None,
+        (batch, heads, n_tokens, local_key.shape[-2], 0 if global_key is None else global_key.shape[-2]),
+    )
+
+
+def _rows(tensor: Tensor | None) -> Tensor | None:
+    """The kernels want neighbouring channels; whatever else the strides are is fine."""
+    return tensor if tensor is None or tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _strides(tensor: Tensor | None) -> tuple[int, int, int]:
+    """Of image (0: shared), head and row."""
+    if tensor is None:
+        return 0, 0, 0
+    return (0, *tensor.stride()[:2]) if tensor.dim() == 3 else tensor.stride()[:3]
+
+
+def _constants(problem: Problem, channels: int, tile: Tile) -> dict:
+    return {
+        "CHANNELS": channels,
+        "BLOCK_E": problem.block_e,
+        "BLOCK_T": tile.tokens,
+        "BLOCK_M": tile.prototypes,
+        "PRECISION": problem.precision,
+        "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
+    }
+
+
+def empty_like_query(query: Tensor) -> Tensor:
+    """With tokens outside and heads inside in memory: the layout in which heads are joined again."""
+    batch, heads, n_tokens, channels = query.shape
+    return query.new_empty(batch, n_tokens, heads, channels).transpose(1, 2)
+
+
+@torch.library.triton_op("dpdiff_triton::prototype_attention", mutates_args={})
+def prototype_attention(
+    query: Tensor,
+    local_key: Tensor,
+    local_value: Tensor,
+    global_key: Tensor | None,
+    global_value: Tensor | None,
+    gate: Tensor | None,
+    scale: float,
+    groups: Tensor | None,
+    active_groups: Tensor | None,
+    for_backward: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    problem = _problem(query, local_key, global_key, gate, groups)
+    out = empty_like_query(query)
+    reference = total = difference = None
+    if for_backward:
+        reference = query.new_empty((1 if gate is None else 2, *query.shape[:3]), dtype=torch.float32)
+        total = torch.empty_like(reference)
+        difference = None if gate is None else empty_like_query(query)
+    if out.numel():
+        query, local_key, local_value = _rows(query), _rows(local_key), _rows(local_value)
+        global_key, global_value = _rows(global_key), _rows(global_value)
+        with on_device(query):
+            lists = counts = None
+            if groups is not None:
+                lists, counts = active_lists(active_mask(groups, active_groups))
+            tile = problem.tiles.forward
+            launch(forward_kernel)[(problem.programs(tile),)](
+                query, local_key, local_value, global_key, global_value, None if gate is None else gate.contiguous(),
+                lists, counts, out, difference, reference, total,
+                *(
+                    stride
+                    for tensor in (query, local_key, local_value, global_key, global_value, out)
+                    for stride in _strides(tensor)
+                ),
+                *problem.sizes, scale * _LOG2_E,
+                FOLDED=problem.folded, **_constants(problem, query.shape[-1], tile),
+            )  # fmt: skip
+    empty = query.new_empty(0, dtype=torch.float32)
+    return (
+        out,
+        empty if reference is None else reference,
+        torch.empty_like(empty) if total is None else total,
+        query.new_empty(0) if difference is None else difference,
+    )
+
+
+@torch.library.triton_op("dpdiff_triton::prototype_attention_backward", mutates_args={})
+def prototype_attention_backward(
+    grad_out: Tensor,
+    query: Tensor,
+    local_key: Tensor,
+    local_value: Tensor,
+    global_key: Tensor | None,
+    global_value: Tensor | None,
+    gate: Tensor | None,
+    scale: float,
+    groups: Tensor | None,
+    active_groups: Tensor | None,
+    out: Tensor,
+    reference: Tensor,
+    total: Tensor,
+    difference: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    problem = _problem(query, local_key, global_key, gate, groups)
+    grad_query = empty_like_query(query)
+    grad_gate = query.new_empty(0 if gate is None else gate.shape, dtype=torch.float32)
+    banks = [_rows(bank) for bank in (local_key, local_value, global_key, global_value)]
+    if query.numel() == 0:
+        return grad_query, *(query.new_zeros(0 if bank is None else bank.shape) for bank in banks), grad_gate
+
+    query, grad_out = _rows(query), _rows(grad_out)
+    reference, total = reference.contiguous(), total.contiguous()
+    weights, deltas = torch.empty_like(reference), torch.empty_like(reference)
+    with on_device(query):
+        mask = lists = counts = None
+        if groups is not None:
+            mask = active_mask(groups, active_groups)
+            lists, counts = active_lists(mask)
+        tile = problem.tiles.query_gradient
+        launch(query_gradient_kernel)[(problem.programs(tile),)](
+            grad_out, query, *banks, None if gate is None else gate.contiguous(), lists, counts,
+            _laid_out(out, grad_query), None if gate is None else _laid_out(difference, grad_query), reference, total,
+            grad_query, None if gate is None else grad_gate, weights, deltas,
+            *(stride for t in (grad_out, query, *banks, grad_query) for stride in _strides(t)),
+            *problem.sizes, scale, scale * _LOG2_E,
+            FOLDED=problem.folded, **_constants(problem, query.shape[-1], tile),
+        )  # fmt: skip
+        tokens = (grad_out, query, scale)
+        grad_local = _bank_gradients(
+            problem, *tokens, *banks[:2], mask, lists, counts, reference[0], weights[0], deltas[0]
+        )
+        grad_global = query.new_empty(0), query.new_empty(0)
+        if global_key is not None:
+            grad_global = _bank_gradients(
+                problem, *tokens, *banks[2:], None, None, None, reference[-1], weights[-1], deltas[-1]
+            )
+    return grad_query, *grad_local, *grad_global, grad_gate
+
+
+def _laid_out(tensor: Tensor, like: Tensor) -> Tensor:
+    return tensor if tensor.stride() == like.stride() else torch.empty_like(like).copy_(tensor)
+
+
+def _bank_gradients(
+    problem: Problem,
+    grad_out: Tensor,
+    query: Tensor,
+    scale: float,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    lists: Tensor | None,
+    counts: Tensor | None,
+    reference: Tensor,
+    weights: Tensor,
+    deltas: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """mask, lists, counts: the routes of the bank's images. reference, weights, deltas (B, H, N): of its softmax."""
+    batch, heads, n_tokens = problem.sizes[:3]
+    shared, count, channels = key.dim() == 3, *key.shape[-2:]
+    tile = problem.tiles.bank_gradient
+    programs = heads * (1 if shared else batch) * triton.cdiv(count, tile.prototypes)
+    parts = 1
+    if mask is not None and shared:  # prototypes that some image uses
+        lists, counts = active_lists(mask.any(0, keepdim=True))
+    elif mask is not None:
+        mask = None
+    elif shared:
+        parts = _parts(query.device, programs, triton.cdiv(batch * n_tokens, tile.tokens), key.numel())
+    size = key.shape if parts == 1 else (parts, *key.shape)
+    dtype = key.dtype if parts == 1 else torch.float32
+    new = query.new_empty if lists is None else query.new_zeros
+    grad_key, grad_value = new(size, dtype=dtype), new(size, dtype=dtype)
+    launch(bank_gradient_kernel)[(programs * parts,)](
+        grad_out, query, key, value, lists, counts, mask, reference, weights, deltas, grad_key, grad_value,
+        *(stride for t in (grad_out, query, key, value) for stride in _strides(t)),
+        heads * count * channels, count * channels, channels, key.numel(),
+        batch, heads, n_tokens, count, parts, scale, scale * _LOG2_E,
+        SHARED=shared, **_constants(problem, channels, tile),
+    )  # fmt: skip
+    if parts > 1:
+        grad_key, grad_value = grad_key.sum(0).to(key.dtype), grad_value.sum(0).to(value.dtype)
+    return grad_key, grad_value
+
+
+def _parts(device: torch.device, programs: int, blocks: int, elements: int) -> int:
+    """Into how many parts the tokens are split: enough for all multiprocessors, as far as memory allows."""
+    multiprocessors = 4
+    if device.type == "cuda":
+        multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+    return max(1, min(triton.cdiv(2 * multiprocessors, programs), blocks, _PARTS_BYTES // (8 * elements)))
+
+
+def variants(arch: str) -> Iterator[Variant]:
+    """Every choice of tiles for `arch`, with one bank and with two under a gate, routed or not."""
+    for itemsize, dtype in ((2, "*bf16"), (4, "*fp32")):
+        for block_e in (16, 32, 64, 128, 256):
+            for gated in (False, True):
+                for routed in (False, True):
+                    tiles = pick_tiles(arch, itemsize, block_e, gated)
+                    yield from _variants(arch, tiles, dtype, block_e, gated, routed)
+
+
+def _variants(arch: str, tiles: Tiles, dtype: str, block_e: int, gated: bool, routed: bool) -> Iterator[Variant]:
+    kinds = {"lists": "*i32", "counts": "*i32", "mask": "*i1"}
+    kinds |= dict.fromkeys(("gate", "reference", "total", "weights", "deltas", "grad_gate"), "*fp32")
+    absent = set() if routed else {"lists", "counts", "mask"}
+    if not gated:
+        absent |= {"global_key", "global_value", "gate", "difference", "grad_gate"}
+    for kernel, tile in zip((forward_kernel, query_gradient_kernel, bank_gradient_kernel), tiles):
+        names = kernel.arg_names
+        tensors = names[: names.index(next(name for name in names if name.endswith("_b")))]
+        numbers = [n for n in names[len(tensors) :] if not n.isupper()]
+        signature = {name: kinds.get(name, dtype) for name in tensors if name not in absent}
+        signature |= {name: "fp32" if name.endswith("scale") else "i32" for name in numbers}
+        constants = dict.fromkeys(sorted(absent.intersection(names)))
+        constants |= {"CHANNELS": block_e, "BLOCK_E": block_e, "BLOCK_T": tile.tokens, "BLOCK_M": tile.prototypes}
+        constants |= {"SHARED" if "SHARED" in names else "FOLDED": not routed, "PRECISION": pick_precision(arch)}
+        divisible = tuple(name for name in numbers if name[-2:] in ("_b", "_h", "_n", "_m"))
+        yield Variant(kernel, signature, constants, tile.num_warps, tile.num_stages, divisible)

@@ -1,0 +1,203 @@
+"""Attention, backward: scores are recomputed tile by tile (Dao et al., "FlashAttention", 2022), in two passes without
+atomics. In one, a program owns a tile of tokens and streams the banks; in the other, it owns a tile of prototypes and
+streams the tokens of all images that use them, so that a shared bank's gradient is summed in registers.
+
+With p = w softmax(scale q k^T), w the gate's weight of the bank, and delta = (gradient of the answer) . answer:
+  dv = p^T do,  ds = p (do v^T - delta),  dq = scale ds k,  dk = scale ds^T q.
+"""
+
+import triton
+import triton.language as tl
+
+from dpdiff_kernels.triton.attention_forward import load_rows, locate, prototype_rows, store_rows
+
+
+@triton.jit
+def query_tile(
+    q, do, dq, start, weight, delta, key, value, k_m, v_m, listed, m, present, exponent_scale,
+    CHANNELS: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    rows = prototype_rows(m, listed, present)
+    k = load_rows(key, rows * k_m, present, CHANNELS, BLOCK_E)
+    v = load_rows(value, rows * v_m, present, CHANNELS, BLOCK_E)
+    scores = tl.dot(q, k.T, input_precision=PRECISION)
+    p = tl.exp2(scores * exponent_scale - start[:, None]) * weight[:, None]
+    ds = p * (tl.dot(do, v.T, input_precision=PRECISION) - delta[:, None])
+    if present is not None:
+        ds = tl.where(present[None, :], ds, 0.0)
+    return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+
+
+@triton.jit
+def query_gradient_of(
+    q, do, dq, start, weight, delta, key, value, k_m, v_m, listed, count, exponent_scale,
+    CHANNELS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Adds what a bank of `count` prototypes gives to the gradient of the queries, but for the scale."""
+    full = count // BLOCK_M * BLOCK_M
+    for first in tl.range(0, full, BLOCK_M):
+        m = first + tl.arange(0, BLOCK_M)
+        dq = query_tile(
+            q, do, dq, start, weight, delta, key, value, k_m, v_m, listed, m, None, exponent_scale,
+            CHANNELS, BLOCK_E, PRECISION,
+        )  # fmt: skip
+    for first in tl.range(full, count, BLOCK_M, num_stages=1):  # what is left over
+        m = first + tl.arange(0, BLOCK_M)
+        dq = query_tile(
+            q, do, dq, start, weight, delta, key, value, k_m, v_m, listed, m, m < count, exponent_scale,
+            CHANNELS, BLOCK_E, PRECISION,
+        )  # fmt: skip
+    return dq
+
+
+@triton.jit
+def read_sums(reference, total, at, inside):
+    """What exponents are relative to, and one over their sum, for tokens that are inside; zeros for others."""
+    start = tl.load(reference + at, mask=inside, other=0.0)
+    inverse = tl.where(inside, 1.0 / tl.load(total + at, mask=inside, other=1.0), 0.0)
+    return tl.where(start == float("-inf"), 0.0, start), inverse
+
+
+@triton.jit
+def query_gradient_kernel(
+    grad_out, query, local_key, local_value, global_key, global_value, gate, lists, counts,
+    out, difference, reference, total, grad_query, grad_gate, weights, deltas,
+    d_b, d_h, d_n, q_b, q_h, q_n, lk_b, lk_h, lk_m, lv_b, lv_h, lv_m, gk_b, gk_h, gk_m, gv_b, gv_h, gv_m, o_b, o_h, o_n,
+    batch, heads, tokens, local_count, global_count, scale, exponent_scale,
+    CHANNELS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr,
+    FOLDED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Also writes, for the pass over prototypes, each softmax's weight (the gate's, over the sum of exponentials) and
+    delta (S, B, H, N) float32. out, difference and grad_query have the same strides."""
+    sequence = tokens * batch if FOLDED else tokens
+    tiles = tl.cdiv(sequence, BLOCK_T)
+    instance = tl.program_id(0) // tiles
+    first_image = 0 if FOLDED else instance // heads
+    head = (instance if FOLDED else instance % heads).to(tl.int64)
+    t = tl.program_id(0) % tiles * BLOCK_T + tl.arange(0, BLOCK_T)
+    inside = t < sequence
+    image, n = locate(t, tokens, first_image, FOLDED)
+    out_rows = image * o_b + head * o_h + n * o_n
+    q = load_rows(query, image * q_b + head * q_h + n * q_n, inside, CHANNELS, BLOCK_E)
+    do = load_rows(grad_out, image * d_b + head * d_h + n * d_n, inside, CHANNELS, BLOCK_E)
+
+    bank_image = 0 if FOLDED else (instance // heads).to(tl.int64)
+    local_key += bank_image * lk_b + head * lk_h
+    local_value += bank_image * lv_b + head * lv_h
+    listed = None
+    if lists is not None:
+        listed = lists + bank_image * local_count
+        local_count = tl.load(counts + bank_image)
+    if global_key is not None:
+        global_key += bank_image * gk_b + head * gk_h
+        global_value += bank_image * gv_b + head * gv_h
+
+    answer = load_rows(out, out_rows, inside, CHANNELS, BLOCK_E)
+    delta = tl.sum(do.to(tl.float32) * answer.to(tl.float32), 1)
+    flat = (image * heads + head) * tokens + n
+    start, weight = read_sums(reference, total, flat, inside)
+    if gate is not None:
+        apart = load_rows(difference, out_rows, inside, CHANNELS, BLOCK_E)
+        slope = tl.sum(do.to(tl.float32) * apart.to(tl.float32), 1)
+        tl.store(grad_gate + flat, slope, mask=inside)
+        g = tl.load(gate + flat, mask=inside, other=0.0)
+        if lists is not None:
+            g = tl.where(local_count == 0, 1.0, g)
+        global_delta = delta + (1.0 - g) * slope
+        delta -= g * slope
+        weight *= 1.0 - g
+    tl.store(weights + flat, weight, mask=inside)
+    tl.store(deltas + flat, delta, mask=inside)
+
+    dq = tl.zeros([BLOCK_T, BLOCK_E], tl.float32)
+    dq = query_gradient_of(
+        q, do, dq, start, weight, delta, local_key, local_value, lk_m, lv_m, listed, local_count, exponent_scale,
+        CHANNELS, BLOCK_E, BLOCK_M, PRECISION,
+    )  # fmt: skip
+    if gate is not None:
+        flat += (tl.zeros([], tl.int64) + batch) * heads * tokens  # of the second softmax
+        start, weight = read_sums(reference, total, flat, inside)
+        weight *= g
+        delta = global_delta
+        tl.store(weights + flat, weight, mask=inside)
+        tl.store(deltas + flat, delta, mask=inside)
+    if global_key is not None:
+        dq = query_gradient_of(
+            q, do, dq, start, weight, delta, global_key, global_value, gk_m, gv_m, None, global_count, exponent_scale,
+            CHANNELS, BLOCK_E, BLOCK_M, PRECISION,
+        )  # fmt: skip
+    store_rows(grad_query, out_rows, dq * scale, inside, CHANNELS, BLOCK_E)
+
+
+@triton.jit
+def bank_gradient_kernel(
+    grad_out, query, key, value, lists, counts, mask, reference, weights, deltas, grad_key, grad_value,
+    d_b, d_h, d_n, q_b, q_h, q_n, k_b, k_h, k_m, v_b, v_h, v_m, g_b, g_h, g_m, g_part,
+    batch, heads, tokens, count, parts, scale, exponent_scale,
+    CHANNELS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr,
+    SHARED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradients of one bank. A program owns a tile of prototypes, those of one head (of one image where the bank isn't
+    shared), and takes a part of the tokens.
+
+    lists, counts: which prototypes have gradients: for each image, or, SHARED, for all of them together; then
+    mask (B, M) says which of these an image uses. None: all. grad_key and grad_value have the same strides; with
+    several parts, these are to be added up.
+    """
+    tiles = tl.cdiv(count, BLOCK_M)
+    rest = tl.program_id(0) // tiles
+    part = rest % parts
+    instance = rest // parts
+    head = (instance if SHARED else instance % heads).to(tl.int64)
+    first_image = 0 if SHARED else (instance // heads).to(tl.int64)
+    width = count
+    listed = None
+    if lists is not None:
+        listed = lists + first_image * count
+        count = tl.load(counts + first_image)
+    first = tl.program_id(0) % tiles * BLOCK_M
+    if first >= count:
+        return
+    m = first + tl.arange(0, BLOCK_M)
+    present = m < count
+    rows = prototype_rows(m, listed, present)
+    k = load_rows(key + first_image * k_b + head * k_h, rows * k_m, present, CHANNELS, BLOCK_E)
+    v = load_rows(value + first_image * v_b + head * v_h, rows * v_m, present, CHANNELS, BLOCK_E)
+
+    # One sequence: all images' tokens, one image's, or, where images use different prototypes, one for each image.
+    FOLDED: tl.constexpr = SHARED and mask is None
+    sequence = tokens * batch if FOLDED else tokens
+    blocks = tl.cdiv(sequence, BLOCK_T)
+    begin = blocks * part // parts * BLOCK_T
+    end = tl.minimum(blocks * (part + 1) // parts * BLOCK_T, sequence)
+    dk = tl.zeros([BLOCK_M, BLOCK_E], tl.float32)
+    dv = tl.zeros([BLOCK_M, BLOCK_E], tl.float32)
+    for i in range(batch if mask is not None else 1):
+        sequence_image = first_image + i
+        last = end
+        if mask is not None:
+            used = tl.load(mask + sequence_image * width + rows, mask=present, other=0) != 0
+            last = tl.where(tl.max(used.to(tl.int32)) != 0, end, begin)  # nothing to do where none of them is used
+        for t0 in tl.range(begin, last, BLOCK_T):
+            t = t0 + tl.arange(0, BLOCK_T)
+            inside = t < end
+            image, n = locate(t, tokens, sequence_image, FOLDED)
+            q = load_rows(query, image * q_b + head * q_h + n * q_n, inside, CHANNELS, BLOCK_E)
+            do = load_rows(grad_out, image * d_b + head * d_h + n * d_n, inside, CHANNELS, BLOCK_E)
+            flat = (image * heads + head) * tokens + n
+            start = tl.load(reference + flat, mask=inside, other=0.0)
+            start = tl.where(start == float("-inf"), 0.0, start)
+            weight = tl.load(weights + flat, mask=inside, other=0.0)
+            delta = tl.load(deltas + flat, mask=inside, other=0.0)
+            scores = tl.dot(k, q.T, input_precision=PRECISION)
+            p = tl.exp2(scores * exponent_scale - start[None, :]) * weight[None, :]
+            if mask is not None:
+                p = tl.where(used[:, None], p, 0.0)
+            dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
+            ds = p * (tl.dot(v, do.T, input_precision=PRECISION) - delta[None, :])
+            if mask is not None:
+                ds = tl.where(used[:, None], ds, 0.0)
+            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+    at = first_image * g_b + head * g_h + rows * g_m + part.to(tl.int64) * g_part
+    store_rows(grad_key, at, dk * scale, present, CHANNELS, BLOCK_E)
+    store_rows(grad_value, at, dv, present, CHANNELS, BLOCK_E)
