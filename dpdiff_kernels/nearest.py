@@ -20,6 +20,7 @@ from dpdiff_kernels.checks import (
 )
 
 METRICS = ("cosine", "dot", "l2")
+_BACKENDS = ("triton", "cpp", "reference")
 
 
 class Nearest(NamedTuple):
@@ -78,13 +79,12 @@ def nearest_prototype(
     Raises:
         TypeError: an argument's type or dtype is wrong.
         ValueError: a shape, device or option is wrong; k exceeds K; or (checked on CPU, outside torch.compile) some
-            element's active groups hold fewer than k prototypes.
+            element's active groups hold fewer than k prototypes (on a GPU, places that nothing fills score NaN).
 
     O(N K D) time, in which K counts the active prototypes only; the N x K scores are never held.
     """
     tokens, prototypes = _check_search(tokens, prototypes, k, metric, groups, active_groups)
-    cpp = select(backend, ("cpp", "reference"), tokens, prototypes) == "cpp"
-    implementation = _native("nearest_prototype") if cpp else reference.nearest_prototype
+    implementation = _implementation("nearest_prototype", select(backend, _BACKENDS, tokens, prototypes))
     tokens_, prototypes_, active_groups = _flatten(tokens, prototypes, active_groups)
     result = implementation(tokens_, prototypes_, k, metric, groups, active_groups)
     return Nearest(*(t.reshape(*tokens.shape[:-1], k) for t in result))
@@ -121,8 +121,7 @@ def aggregate_nearest(
     """
     check_positive("temperature", temperature)
     tokens, prototypes = _check_search(tokens, prototypes, k, metric, groups, active_groups)
-    cpp = select(backend, ("cpp", "reference"), tokens, prototypes) == "cpp"
-    implementation = _native("aggregate_nearest") if cpp else reference.aggregate_nearest
+    implementation = _implementation("aggregate_nearest", select(backend, _BACKENDS, tokens, prototypes))
     tokens_, prototypes_, active_groups = _flatten(tokens, prototypes, active_groups)
     values, *result = implementation(tokens_, prototypes_, k, metric, temperature, groups, active_groups)[:3]
     return Aggregated(values.reshape(tokens.shape), *(t.reshape(*tokens.shape[:-1], k) for t in result))
@@ -168,8 +167,7 @@ def prototype_statistics(
             raise ValueError(f"weights is on {weights.device}: expected {tokens.device}, where tokens is")
     if prototypes.shape[0] == 0 and tokens.numel() > 0:
         raise ValueError("prototypes is empty: expected at least 1 prototype for the tokens given")
-    cpp = select(backend, ("cpp", "reference"), tokens, prototypes) == "cpp"
-    implementation = torch.ops.dpdiff.prototype_statistics if cpp else reference.prototype_statistics
+    implementation = _implementation("prototype_statistics", select(backend, _BACKENDS, tokens, prototypes))
     tokens = tokens.detach().reshape(math.prod(tokens.shape[:-1]), tokens.shape[-1]).contiguous()
     if weights is not None:
         weights = weights.detach().to(torch.promote_types(tokens.dtype, torch.float32)).flatten().contiguous()
@@ -213,10 +211,13 @@ def _flatten(tokens: Tensor, prototypes: Tensor, active_groups: Tensor | None) -
     return tokens.reshape(n_batch, n, d), prototypes, active_groups
 
 
-def _native(name: str) -> Callable:
-    """The native library's operator, whose complaint about routes (which it alone looks at) is the user's error."""
-    operator = getattr(torch.ops.dpdiff, name)
-    if torch.compiler.is_compiling():
+def _implementation(name: str, backend: str) -> Callable:
+    """The operator of that name and backend; the native library's complaint about routes (which it alone looks at) is
+    the user's error."""
+    if backend == "reference":
+        return getattr(reference, name)
+    operator = getattr(torch.ops.dpdiff if backend == "cpp" else torch.ops.dpdiff_triton, name)
+    if backend == "triton" or torch.compiler.is_compiling():
         return operator
 
     def run(*arguments):
@@ -231,8 +232,8 @@ def _native(name: str) -> Callable:
     return run
 
 
-def _register() -> None:
-    """Fake kernels and gradients of the native library's operators."""
+def _register_fakes() -> None:
+    """What the native library's operators return, without running them."""
 
     @torch.library.register_fake("dpdiff::nearest_prototype")
     def _(tokens, prototypes, k, metric, groups, active_groups):
@@ -254,6 +255,11 @@ def _register() -> None:
         k, d = prototypes.shape
         return tuple(tokens.new_empty(shape, dtype=torch.float32) for shape in ((k,), (k, d), ()))
 
+
+def _register_gradients(namespace: str) -> None:
+    """The gradients of the native library's operators, or of Triton's: the formula is the same."""
+    operators = getattr(torch.ops, namespace)
+
     def save(ctx, inputs, indices, scores, weights, metric, temperature):
         ctx.save_for_backward(*inputs[:2], indices, scores, weights)
         ctx.mark_non_differentiable(indices, *([] if weights is None else [weights]))
@@ -265,27 +271,32 @@ def _register() -> None:
             return None, None
         grad_values, grad_scores = (None if g is None else g.contiguous() for g in (grad_values, grad_scores))
         wanted = ctx.needs_input_grad[:2]
-        grads = torch.ops.dpdiff.nearest_backward(
+        grads = operators.nearest_backward(
             *ctx.saved_tensors, grad_values, grad_scores, ctx.metric, ctx.temperature, *wanted
         )
         return tuple(grad if needed else None for grad, needed in zip(grads, wanted))
 
     torch.library.register_autograd(
-        "dpdiff::nearest_prototype",
+        f"{namespace}::nearest_prototype",
         lambda ctx, grad_scores, _: (*backward(ctx, None, grad_scores), *[None] * 4),
         setup_context=lambda ctx, inputs, output: save(ctx, inputs, output[1], output[0], None, inputs[3], 1.0),
     )
     torch.library.register_autograd(
-        "dpdiff::aggregate_nearest",
+        f"{namespace}::aggregate_nearest",
         lambda ctx, grad_values, grad_scores, *_: (*backward(ctx, grad_values, grad_scores), *[None] * 5),
         setup_context=lambda ctx, inputs, output: save(ctx, inputs, *output[2:0:-1], output[3], *inputs[3:5]),
     )
 
     def second_backward(ctx, *_):
-        raise RuntimeError("the native nearest_prototype has no second derivative: pass backend='reference'")
+        raise RuntimeError("this nearest_prototype has no second derivative: pass backend='reference'")
 
-    torch.library.register_autograd("dpdiff::nearest_backward", second_backward)
+    torch.library.register_autograd(f"{namespace}::nearest_backward", second_backward)
 
 
 if backends()["cpp"]:
-    _register()
+    _register_fakes()
+    _register_gradients("dpdiff")
+if backends()["triton"]:
+    import dpdiff_kernels.triton.nearest  # noqa: F401  registers its operators
+
+    _register_gradients("dpdiff_triton")
