@@ -6,19 +6,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dpdiff_kernels import PrototypeAttention
+from dpdiff_kernels import ProjectedBanks, PrototypeAttention
 
 
 class Denoiser(nn.Module):
     """A transformer over a grid of tokens: tokens (B, N, D_token) at timesteps (B,) -> tokens of the same shape.
 
-    Its width is `dim`; both banks come in that width (project the local one with `embed_bank`).
+    It works on patches of `patch_size` x `patch_size` tokens (Peebles and Xie, "Scalable diffusion models with
+    transformers", 2023); a grid that they don't divide is padded with copies of its border.
     """
 
     def __init__(
         self,
         token_dim: int,
-        n_tokens: int,
+        grid: tuple[int, int],
+        patch_size: int = 2,
         dim: int = 256,
         depth: int = 3,
         num_heads: int = 8,
@@ -27,38 +29,58 @@ class Denoiser(nn.Module):
         prototype_attention: bool = True,
     ) -> None:
         super().__init__()
-        self.embed = nn.Linear(token_dim, dim)
+        self.grid = tuple(grid)
+        self.patch_size = patch_size
+        patch_dim = token_dim * patch_size**2
+        n_patches = math.prod(-(-side // patch_size) for side in grid)
+        self.embed = nn.Linear(patch_dim, dim)
         # Only what takes part: a parameter without a gradient stops distributed training.
-        self.embed_condition = nn.Linear(token_dim, dim) if condition else None
+        self.embed_condition = nn.Linear(patch_dim, dim) if condition else None
         self.embed_bank = nn.Sequential(nn.Linear(token_dim, dim), nn.LayerNorm(dim)) if prototype_attention else None
-        self.position = nn.Parameter(0.02 * torch.randn(1, n_tokens, dim))
+        self.position = nn.Parameter(0.02 * torch.randn(1, n_patches, dim))
         self.embed_timestep = TimestepEmbedding(dim)
         self.blocks = nn.ModuleList(DenoiserBlock(dim, num_heads, mlp_ratio, prototype_attention) for _ in range(depth))
         self.norm = nn.LayerNorm(dim)
-        self.out = nn.Linear(dim, token_dim)
+        self.out = nn.Linear(dim, patch_dim)
 
-    def project_banks(self, local_bank: Tensor, global_bank: Tensor) -> list:
-        """Each block's keys and values of the banks, constant at inference: computed once for all denoising steps."""
+    def project_banks(self, local_bank: Tensor, global_bank: Tensor) -> list[ProjectedBanks | None]:
+        """Each block's keys and values of the banks, constant over the denoising steps.
+
+        local_bank: (K, D_token), shared by all images, or (B, K, D_token). global_bank: (K, D_token).
+        """
         if self.embed_bank is None:
             return [None] * len(self.blocks)
-        local_bank = self.embed_bank(local_bank)
-        global_bank = F.layer_norm(global_bank, global_bank.shape[-1:])
-        return [block.project_banks(local_bank, global_bank) for block in self.blocks]
+        local_bank, global_bank = self.embed_bank(local_bank), self.embed_bank(global_bank)
+        return [block.prototype_attention.project_banks(local_bank, global_bank) for block in self.blocks]
 
-    def forward(self, noisy: Tensor, timesteps: Tensor, condition: Tensor, banks: list) -> Tensor:
+    def forward(
+        self, noisy: Tensor, timesteps: Tensor, condition: Tensor, banks: list[ProjectedBanks | None]
+    ) -> Tensor:
         """noisy (B, N, D), timesteps (B,), condition (B, N, D), banks of `project_banks` -> x0 (B, N, D)."""
-        x = self.embed(noisy) + self.position
+        x = self.embed(self._patches(noisy)) + self.position
         if self.embed_condition is not None:
-            x = x + self.embed_condition(condition)
+            x = x + self.embed_condition(self._patches(condition))
         t = self.embed_timestep(timesteps).unsqueeze(1)
         for block, bank in zip(self.blocks, banks):
             x = block(x, t, bank)
-        return self.out(self.norm(x))
+        return self._tokens(self.out(self.norm(x)))
+
+    def _patches(self, tokens: Tensor) -> Tensor:
+        """(B, N, D) -> (B, patches, patch_size^2 D)."""
+        (height, width), size = self.grid, self.patch_size
+        maps = tokens.mT.unflatten(-1, self.grid)
+        if height % size or width % size:
+            maps = F.pad(maps, (0, -width % size, 0, -height % size), mode="replicate")
+        return F.pixel_unshuffle(maps, size).flatten(2).mT
+
+    def _tokens(self, patches: Tensor) -> Tensor:
+        height, width = (-(-side // self.patch_size) for side in self.grid)
+        maps = F.pixel_shuffle(patches.mT.unflatten(-1, (height, width)), self.patch_size)
+        return maps[..., : self.grid[0], : self.grid[1]].flatten(2).mT
 
 
 class DenoiserBlock(nn.Module):
-    """Self-attention, prototype attention and an MLP; the timestep shifts, scales and gates each (adaLN-zero, Peebles
-    and Xie, "Scalable diffusion models with transformers", 2023)."""
+    """Self-attention, prototype attention and an MLP; the timestep shifts, scales and gates each (adaLN-zero)."""
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float, prototype_attention: bool) -> None:
         super().__init__()
@@ -72,10 +94,7 @@ class DenoiserBlock(nn.Module):
         nn.init.zeros_(self.modulation.weight)
         nn.init.zeros_(self.modulation.bias)
 
-    def project_banks(self, local_bank: Tensor, global_bank: Tensor) -> tuple:
-        return self.prototype_attention.project_banks(local_bank, global_bank)
-
-    def forward(self, x: Tensor, t: Tensor, banks: tuple | None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, banks: ProjectedBanks | None) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2, shift3, scale3, gate3 = self.modulation(t).chunk(9, -1)
         x = x + gate1 * self._self_attention(_modulate(x, shift1, scale1))
         if banks is not None:

@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
 from dpdiff.backbones import DEFAULT_BACKBONE, Backbone
@@ -16,29 +16,36 @@ from dpdiff.draws import Draws
 from dpdiff.prototypes import GlobalPrototypes, LocalPrototypes
 from dpdiff.tokens import Tokenizer
 
-_REVIVAL_INTERVAL = 200  # steps
-_INITIAL_TOKENS = 50_000  # on which k-means runs
-_TRANSPORTED = 8  # tokens of an image in the transport losses
+_INITIAL_TOKENS = 1_000_000  # on which k-means of all local prototypes runs
+_IMAGES_PER_PROTOTYPE = 16
+_MAP_REDUCTION = 2  # anomaly maps are blurred and scored at half the image's side
 
 
 class DPDiffAD(Detector):
     """One detector for many product categories, trained on normal images only and without category labels.
 
     A frozen backbone turns an image into tokens; local prototypes (nearest-prototype aggregation) say what normal
-    structure each token is closest to, global prototypes (regularised by optimal transport) shape the space in which a
-    diffusion model, conditioned on both by prototype attention, reconstructs the tokens. What it can't reconstruct, and
-    what is far from every local prototype, is anomalous. The abstract of "DPDiff-AD" fixes these parts; what it leaves
-    open is chosen here.
+    structure each token is closest to; global prototypes choose the few groups of local ones that an image needs and,
+    by optimal transport, hold reconstructions to the geometry of normal images; a diffusion model, conditioned on both
+    by prototype attention, reconstructs the tokens. What it can't reconstruct, and what is far from every local
+    prototype, is anomalous. The abstract of "DPDiff-AD" fixes these parts; what it leaves open is chosen here.
 
-    Train with `dpdiff.training.train` or the command `dpdiff train`, which call `initialise`, `losses` and `calibrate`.
+    Accuracy needs prototypes for every kind of image, so the bank grows with the categories; the cost of an image
+    doesn't, for it searches and attends to `route` groups of local prototypes only.
+
+    Train with `dpdiff.training.train` or the command `dpdiff train`, which call `initialise` and `losses`.
 
     Args:
         backbone, layers, backbone_weights, pretrained: see `Backbone`.
         image_size: side in pixels to which images are resized.
-        stride: of the layer whose grid the tokens lie on; the one closest to 16 when None. See `Tokenizer`.
+        stride: of the layer whose grid the tokens lie on; the finest when None. See `Tokenizer`.
         max_channels: channels per layer; what has more is projected on its principal components.
         neighbourhood: side of the window in which features are averaged.
-        n_local, n_global: prototypes in the banks.
+        patch_size: side of the square of tokens that the denoiser takes as one; what comes closest to a stride of 16
+            when None.
+        n_global: prototypes of whole images. `suggest` tells how many a data set needs.
+        n_local: prototypes of tokens in the group of each global one.
+        route: groups of local prototypes that an image searches and attends to, or "all".
         k: nearest local prototypes blended into a token's condition; temperature: of their softmax, on squared
             distances per channel.
         dim, depth, num_heads: of the denoiser. dim is a multiple of num_heads.
@@ -47,7 +54,7 @@ class DPDiffAD(Detector):
         timestep: to which inference noises the tokens; n_steps: DDIM steps back from there; n_samples: noise samples
             over which the map is averaged.
         local_weight: share of the distance to the local prototypes in the anomaly map, from 0 to 1.
-        ot_weight, local_loss_weight: of these losses beside the reconstruction's.
+        ot_weight: of the transport losses beside the reconstruction's.
         condition, prototype_attention: False leaves out the local condition, or the attention to both banks.
 
     Raises:
@@ -66,9 +73,11 @@ class DPDiffAD(Detector):
         image_size: int = 256,
         stride: int | None = None,
         max_channels: int = 128,
-        neighbourhood: int = 3,
-        n_local: int = 512,
+        neighbourhood: int = 1,
+        patch_size: int | None = None,
         n_global: int = 64,
+        n_local: int = 64,
+        route: int | str = 4,
         k: int = 3,
         temperature: float = 0.1,
         dim: int = 192,
@@ -79,9 +88,8 @@ class DPDiffAD(Detector):
         timestep: int = 600,
         n_steps: int = 1,
         n_samples: int = 1,
-        local_weight: float = 0.05,
+        local_weight: float = 0.25,
         ot_weight: float = 0.1,
-        local_loss_weight: float = 1.0,
         condition: bool = True,
         prototype_attention: bool = True,
     ) -> None:
@@ -94,17 +102,21 @@ class DPDiffAD(Detector):
         self.config["layers"] = list(self.backbone.layers)
         self.tokenizer = Tokenizer(self.backbone, image_size, stride, max_channels, neighbourhood)
         token_dim, n_tokens = self.tokenizer.dim, self.tokenizer.n_tokens
-        self.local_prototypes = LocalPrototypes(n_local, token_dim, k, temperature)
-        self.global_prototypes = GlobalPrototypes(n_global, dim)
-        self.denoiser = Denoiser(
-            token_dim, n_tokens, dim, depth, num_heads, condition=condition, prototype_attention=prototype_attention
-        )
+        if patch_size is None:
+            self.config["patch_size"] = patch_size = max(1, round(16 / self.tokenizer.stride))
+        self.global_prototypes = GlobalPrototypes(n_global, token_dim)
+        self.local_prototypes = LocalPrototypes(n_global, n_local, token_dim, k, temperature)
+        options = {"condition": condition, "prototype_attention": prototype_attention}
+        self.denoiser = Denoiser(token_dim, self.tokenizer.grid, patch_size, dim, depth, num_heads, **options)
         self.diffusion = Diffusion(n_timesteps)
         # The same noise for every image: a score depends on the image alone, not on its batch or on a seed.
         noise = torch.randn(n_samples, n_tokens, token_dim, generator=torch.Generator().manual_seed(0))
         self.register_buffer("noise", noise, persistent=False)
-        # Means of the reconstruction's and of the local prototypes' map on normal images, which make them comparable.
-        self.register_buffer("map_means", torch.ones(2))
+
+    @classmethod
+    def suggest(cls, n_images: int) -> dict[str, Any]:
+        """Options for a training set of `n_images`: a global prototype for every 16 of them, from 16 to 2,048."""
+        return {"n_global": min(max(16, n_images // _IMAGES_PER_PROTOTYPE), 2_048)}
 
     @torch.no_grad()
     def tokenize(self, images: Tensor) -> Tensor:
@@ -120,14 +132,30 @@ class DPDiffAD(Detector):
     def initialise(
         self, batches: Callable[[], Iterable[list[Tensor]]], n_images: int, generator: torch.Generator
     ) -> None:
-        """Sets the tokenizer's statistics, and the local bank by k-means over some tokens of each image."""
+        """Sets the tokenizer's statistics, the global prototypes, and the local ones of each by k-means."""
         self.tokenizer.fit(batches())
-        per_image = -(-_INITIAL_TOKENS // n_images)
-        some = []
+        descriptors = torch.cat([self.encode(maps).mean(1) for maps in batches()])
+        self.global_prototypes.initialise(descriptors, generator=generator)
+        similarities = F.normalize(descriptors, dim=-1) @ self.global_prototypes.bank.T
+        group = similarities.argmax(1)
+        n_global = self.config["n_global"]
+        sizes = group.bincount(minlength=n_global)
+        # A group that no image is nearest to learns from the image that is nearest to it.
+        spare = {g: similarities[:, g].argmax() for g in (sizes == 0).nonzero().flatten().tolist()}
+        quota = (_INITIAL_TOKENS // n_global) // sizes.clamp(1)  # tokens of an image
+        some: list[list[Tensor]] = [[] for _ in range(n_global)]
+        first = 0
         for maps in batches():
             tokens = self.encode(maps)
-            some.append(tokens[:, torch.randperm(tokens.shape[1], generator=generator)[:per_image]].flatten(0, 1))
-        self.local_prototypes.initialise(torch.cat(some), n_iters=10, generator=generator)
+            for i, image in enumerate(tokens, first):
+                order = torch.randperm(len(image), generator=generator)
+                some[group[i]].append(image[order[: quota[group[i]]]])
+                for g, nearest in spare.items():
+                    if nearest == i:
+                        some[g].append(image[order[: quota[g]]])
+            first += len(tokens)
+        for g, tokens in enumerate(some):
+            self.local_prototypes.initialise(g, torch.cat(tokens), generator=generator)
 
     def losses(self, tokens: Tensor, draws: Draws | None = None) -> dict[str, Tensor]:
         """Training losses of clean tokens (B, N, D): "loss", what to minimise, and its parts, all scalars.
@@ -138,38 +166,14 @@ class DPDiffAD(Detector):
         draws = Draws.unseeded(len(tokens), tokens.device) if draws is None else draws
         timesteps = draws.integers(config["min_timestep"], self.diffusion.n_timesteps)
         noisy = self.diffusion.add_noise(tokens, draws.normal(*tokens.shape[1:]), timesteps)
-        condition, distances = self.local_prototypes(tokens)
-        reconstruction = self.denoiser(noisy, timesteps, condition, self._banks()).float()
-        cosine = torch.stack([m.mean() for m in self.tokenizer.cosine_distances(tokens, reconstruction)]).mean()
+        active_groups = self._route(tokens)
+        condition, _ = self.local_prototypes(tokens, active_groups)
+        reconstruction = self.denoiser(noisy, timesteps, condition, self._banks(active_groups)).float()
+        cosine = self.tokenizer.cosine_distances(tokens, reconstruction).mean()
         mse = F.mse_loss(reconstruction, tokens)
-        transport, swapped = self._transport(tokens, noisy, draws.integers(0, tokens.shape[1], _TRANSPORTED))
-        local = distances.mean()
-        loss = mse + cosine + config["ot_weight"] * (transport + swapped) + config["local_loss_weight"] * local
-        return {
-            "loss": loss,
-            "cosine": cosine,
-            "mse": mse,
-            "local": local,
-            "transport": transport,
-            "swapped": swapped,
-        }
-
-    @torch.no_grad()
-    def between_steps(self, step: int, features: Tensor, epoch_steps: int, average: nn.Module) -> None:
-        """Every so often, gives local prototypes that no token was nearest to a new place among tokens (B, N, D)."""
-        # Not within a step: the backward pass needs the bank as the losses saw it.
-        if step and step % _REVIVAL_INTERVAL == 0:
-            self.local_prototypes.revive(features, self.local_prototypes(features)[1])
-
-    @torch.no_grad()
-    def calibrate(self, batches: Iterable[Tensor]) -> None:
-        """Sets the scale of both maps from tokens (B, N, D) of normal images, one pass, after training."""
-        totals, n = torch.zeros(2, dtype=torch.float64), 0
-        for tokens in batches:
-            totals += torch.stack([m.double().mean().cpu() for m in self._maps(tokens)]) * len(tokens)
-            n += len(tokens)
-        if n:
-            self.map_means.copy_(totals / n)
+        transport, swapped = self.global_prototypes(tokens.mean(1), reconstruction.mean(1))
+        loss = mse + cosine + config["ot_weight"] * (transport + swapped)
+        return {"loss": loss, "cosine": cosine, "mse": mse, "transport": transport, "swapped": swapped}
 
     @torch.no_grad()
     def predict(self, images: Tensor) -> Prediction:
@@ -181,48 +185,44 @@ class DPDiffAD(Detector):
             TypeError, ValueError: images of another type, shape or range.
         """
         check_images(images)
-        tokens = self.tokenize(images.to(self.map_means.dtype)).float()
-        reconstruction, local = (m / mean.clamp_min(1e-12) for m, mean in zip(self._maps(tokens), self.map_means))
+        tokens = self.tokenize(images.to(self.noise.dtype)).float()
+        reconstruction, local = self._maps(tokens)
         share = self.config["local_weight"]
-        maps = (1 - share) * reconstruction + share * local
-        maps = _blur(maps, sigma=maps.shape[-1] / 32)  # 8 pixels of a 256-pixel image
+        maps = ((1 - share) * reconstruction + share * local).unflatten(-1, self.tokenizer.grid).unsqueeze(1)
+        size = [self.image_size // _MAP_REDUCTION] * 2
+        maps = F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
+        maps = _blur(maps, sigma=size[0] / 32)  # 8 pixels of a 256-pixel image
         flat = maps.flatten(1)
         scores = flat.topk(max(1, flat.shape[1] // 100), dim=1).values.mean(1)
-        maps = F.interpolate(maps.unsqueeze(1), size=images.shape[-2:], mode="bilinear", align_corners=False)
+        maps = F.interpolate(maps, size=images.shape[-2:], mode="bilinear", align_corners=False)
         return Prediction(scores.float(), maps.squeeze(1).float())
 
     def _maps(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Reconstruction error and distance to the local prototypes, (B, h, w) on the finest layer's grid."""
+        """1 - cosine similarity (B, N) of tokens to their reconstructions, and to the nearest local prototypes."""
         config = self.config
-        condition, distances = self.local_prototypes(tokens)
-        banks = self._banks()
+        active_groups = self._route(tokens)
+        condition, distances = self.local_prototypes(tokens, active_groups)
+        banks = self._banks(active_groups)
 
         def predict(noisy: Tensor, timesteps: Tensor) -> Tensor:
             return self.denoiser(noisy, timesteps, condition, banks).float()
 
         errors = []
         for noise in self.noise:
-            noise = noise.expand_as(tokens)
             steps = (config["timestep"], config["n_steps"], config["min_timestep"])
-            reconstruction = self.diffusion.reconstruct(predict, tokens, noise, *steps)
+            reconstruction = self.diffusion.reconstruct(predict, tokens, noise.expand_as(tokens), *steps)
             errors.append(self.tokenizer.cosine_distances(tokens, reconstruction))
-        layers = [torch.stack(samples).mean(0) for samples in zip(*errors)]
-        finest = max((layer.shape[-2:] for layer in layers), key=lambda size: size[0])
-        reconstruction = torch.stack([_upsample(layer, finest) for layer in layers]).mean(0)
-        local = _upsample(distances.unflatten(-1, self.tokenizer.grid), finest)
-        return reconstruction, local
+        return torch.stack(errors).mean(0), distances / 2  # of unit vectors, |x - p|^2 / 2 = 1 - cosine
 
-    def _banks(self) -> list:
-        return self.denoiser.project_banks(self.local_prototypes.bank, self.global_prototypes.bank)
+    def _route(self, tokens: Tensor) -> Tensor | None:
+        """The groups (B, G) of local prototypes that images of these tokens (B, N, D) use; None for all."""
+        route, n_global = self.config["route"], self.config["n_global"]
+        if route == "all" or route >= n_global:
+            return None
+        return self.global_prototypes.route(tokens.mean(1), route)
 
-    def _transport(self, tokens: Tensor, noisy: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
-        """Optimal-transport losses of images (pooled tokens) and of each image's `chosen` (B, n) tokens, clean and
-        noisy."""
-        views = [self.denoiser.embed(x) for x in (tokens, noisy)]
-        images = [view.mean(1) for view in views]
-        some = [view.gather(1, chosen[..., None].expand(-1, -1, view.shape[-1])).flatten(0, 1) for view in views]
-        pairs = zip(self.global_prototypes(*images), self.global_prototypes(*some))
-        return tuple((a + b) / 2 for a, b in pairs)
+    def _banks(self, active_groups: Tensor | None) -> list:
+        return self.denoiser.project_banks(self.local_prototypes.active(active_groups), self.global_prototypes.bank)
 
 
 def _check_arguments(arguments: dict[str, Any]) -> None:
@@ -231,11 +231,13 @@ def _check_arguments(arguments: dict[str, Any]) -> None:
             raise ValueError(f"{name} is {arguments[name]!r}: expected {expected}")
 
     sizes = ("image_size", "max_channels", "n_local", "n_global", "k", "dim", "depth", "num_heads", "n_steps")
-    for name in (*sizes, "n_samples", "n_timesteps"):
+    for name in (*sizes, "n_samples", "n_timesteps", *(["patch_size"] if arguments["patch_size"] is not None else [])):
         expect(name, isinstance(arguments[name], int) and arguments[name] >= 1, "a positive int")
     n_local, num_heads = arguments["n_local"], arguments["num_heads"]
     expect("dim", arguments["dim"] % num_heads == 0, f"a multiple of num_heads ({num_heads})")
     expect("k", arguments["k"] <= n_local, f"at most n_local ({n_local})")
+    route = arguments["route"]
+    expect("route", route == "all" or (isinstance(route, int) and route >= 1), 'a positive int or "all"')
     expect("temperature", arguments["temperature"] > 0, "a positive number")
     last, timestep, least = arguments["n_timesteps"] - 1, arguments["timestep"], arguments["min_timestep"]
     expect("timestep", 0 <= timestep <= last, f"0 to n_timesteps - 1 ({last})")
@@ -243,12 +245,6 @@ def _check_arguments(arguments: dict[str, Any]) -> None:
     most = timestep - least + 1
     expect("n_steps", arguments["n_steps"] <= most, f"at most timestep - min_timestep + 1 ({most})")
     expect("local_weight", 0 <= arguments["local_weight"] <= 1, "0 to 1")
-
-
-def _upsample(maps: Tensor, size: Sequence[int]) -> Tensor:
-    if tuple(maps.shape[-2:]) == tuple(size):
-        return maps
-    return F.interpolate(maps.unsqueeze(1), size=size, mode="bilinear", align_corners=False).squeeze(1)
 
 
 def _blur(maps: Tensor, sigma: float) -> Tensor:

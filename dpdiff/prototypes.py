@@ -1,4 +1,4 @@
-"""The two banks of DPDiff-AD: local prototypes of fine structure, global prototypes that shape the feature space."""
+"""The two banks of DPDiff-AD: global prototypes, one per kind of image, each with its own group of local prototypes."""
 
 import torch
 import torch.nn.functional as F
@@ -8,71 +8,82 @@ import dpdiff_kernels as dk
 
 
 class LocalPrototypes(nn.Module):
-    """A bank (K, D) of typical tokens. Initialised by k-means, learnt by gradient, unused prototypes revived."""
+    """Groups of typical tokens: a bank (n_groups * per_group, D), the k-means centres of each group's tokens.
 
-    def __init__(self, n_prototypes: int, dim: int, k: int = 1, temperature: float = 0.1) -> None:
+    An image searches the few groups that it is routed to, so that the cost doesn't grow with the number of groups.
+    """
+
+    def __init__(self, n_groups: int, per_group: int, dim: int, k: int = 1, temperature: float = 0.1) -> None:
         super().__init__()
         self.k = k
         self.temperature = temperature
-        self.bank = nn.Parameter(torch.randn(n_prototypes, dim))
-        self.register_buffer("counts", torch.zeros(n_prototypes), persistent=False)  # uses since the last revival
+        self.register_buffer("bank", torch.randn(n_groups * per_group, dim))
+        self.register_buffer("groups", torch.arange(n_groups).repeat_interleave(per_group), persistent=False)
+        self.per_group = per_group
+
+    def active(self, active_groups: Tensor | None) -> Tensor:
+        """The prototypes (B, G per_group, D) of active_groups (B, G); the whole bank when None."""
+        if active_groups is None:
+            return self.bank
+        return self.bank.unflatten(0, (-1, self.per_group))[active_groups].flatten(1, 2)
 
     @torch.no_grad()
-    def initialise(self, tokens: Tensor, n_iters: int, generator: torch.Generator | None = None) -> None:
-        """k-means on training tokens (N, D)."""
-        self.bank.copy_(dk.kmeans(tokens, len(self.bank), n_iters=n_iters, generator=generator))
+    def initialise(self, group: int, tokens: Tensor, generator: torch.Generator | None = None) -> None:
+        """Sets one group by k-means on tokens (N, D)."""
+        tokens = tokens.repeat(-(-self.per_group // len(tokens)), 1)  # where there are fewer than prototypes
+        rows = slice(group * self.per_group, (group + 1) * self.per_group)
+        self.bank[rows] = dk.kmeans(tokens, self.per_group, n_iters=10, generator=generator)
 
-    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens (B, N, D) -> the structural condition (B, N, D): each token's nearest prototypes, blended; and the
-        squared distance to the nearest one per channel (B, N)."""
+    def forward(self, tokens: Tensor, active_groups: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Tokens (B, N, D), active_groups (B, G) or None for all -> the structural condition (B, N, D): each token's k
+        nearest prototypes, blended; and the squared distance to the nearest one per channel (B, N)."""
         # Distances grow with the channels; per-channel ones keep the temperature's meaning for every backbone.
         temperature = self.temperature * tokens.shape[-1]
+        groups = None if active_groups is None else self.groups
         # A nearer prototype has the smaller distance: aggregate_nearest negates "l2" scores in its softmax.
-        nearest = dk.aggregate_nearest(tokens, self.bank, k=self.k, metric="l2", temperature=temperature)
-        if self.training:
-            self.counts += torch.bincount(nearest.indices[..., 0].flatten(), minlength=len(self.bank))
+        nearest = dk.aggregate_nearest(
+            tokens, self.bank, self.k, "l2", temperature, groups=groups, active_groups=active_groups
+        )
         return nearest.values, nearest.scores[..., 0] / tokens.shape[-1]
-
-    @torch.no_grad()
-    def revive(self, tokens: Tensor, distances: Tensor) -> int:
-        """Moves the prototypes that no token was nearest to since the last call onto the tokens (B, N, D) farthest from
-        the bank; returns how many."""
-        dead = (self.counts == 0).nonzero().flatten()
-        dead = dead[: distances.numel()]
-        if len(dead):
-            farthest = distances.flatten().topk(len(dead)).indices
-            self.bank[dead] = tokens.flatten(0, 1)[farthest].to(self.bank.dtype)
-        self.counts.zero_()
-        return len(dead)
 
 
 class GlobalPrototypes(nn.Module):
-    """A bank (K, D) in the denoiser's embedding space, to which image descriptors and tokens are transported.
+    """A bank (K, D) of typical images: the k-means centres of their descriptors, of unit length.
 
-    The optimal-transport cost draws what is embedded and the prototypes together; uniform marginals keep every one
-    in use; and the transport plan of one view serves as the target of another (swapped assignment, as in Caron et al.,
-    "Unsupervised learning of visual features by contrasting cluster assignments", 2020).
+    They route an image to groups of local prototypes, and in training hold the reconstructions to the geometry of
+    normal images: their optimal transport to the bank is to be cheap, and to go where that of the clean image goes
+    (swapped assignment, as in Caron et al., "Unsupervised learning of visual features by contrasting cluster
+    assignments", 2020).
     """
 
     def __init__(
-        self, n_prototypes: int, dim: int, eps: float = 0.05, n_iters: int = 20, temperature: float = 0.1
+        self, n_prototypes: int, dim: int, eps: float = 0.02, n_iters: int = 20, temperature: float = 0.1
     ) -> None:
         super().__init__()
         self.eps = eps
         self.n_iters = n_iters
         self.temperature = temperature
-        self.bank = nn.Parameter(F.normalize(torch.randn(n_prototypes, dim), dim=-1) * dim**0.5)
+        self.register_buffer("bank", F.normalize(torch.randn(n_prototypes, dim), dim=-1))
 
-    def similarity(self, embedding: Tensor) -> Tensor:
-        """Cosine similarities (..., N, K) of embeddings (..., N, D)."""
-        return F.normalize(embedding.float(), dim=-1) @ F.normalize(self.bank.float(), dim=-1).T
+    @torch.no_grad()
+    def initialise(self, descriptors: Tensor, generator: torch.Generator | None = None) -> None:
+        """Spherical k-means on descriptors (N, D) of images."""
+        n_prototypes = len(self.bank)
+        descriptors = descriptors.repeat(-(-n_prototypes // len(descriptors)), 1)  # where there are fewer
+        self.bank.copy_(dk.kmeans(descriptors, n_prototypes, metric="cosine", generator=generator))
 
-    def forward(self, view1: Tensor, view2: Tensor) -> tuple[Tensor, Tensor]:
-        """Two views (N, D) of the same tokens or images -> (transport cost, swapped-assignment cross-entropy)."""
-        similarities = torch.stack([self.similarity(view1), self.similarity(view2)])  # (2, N, K)
-        transport = dk.sinkhorn(1 - similarities, eps=self.eps, n_iters=self.n_iters, return_plan=True)
-        target = transport.plan.detach()
+    @torch.no_grad()
+    def route(self, descriptors: Tensor, n: int) -> Tensor:
+        """Descriptors (B, D) of images -> their n nearest prototypes (B, n), the groups of local ones to search."""
+        return dk.nearest_prototype(descriptors.float(), self.bank, k=n, metric="cosine").indices
+
+    def forward(self, clean: Tensor, reconstructed: Tensor) -> tuple[Tensor, Tensor]:
+        """Descriptors (B, D) of the same images -> (transport cost, swapped-assignment cross-entropy) of the latter."""
+        pair = F.normalize(torch.stack([clean, reconstructed]).float(), dim=-1)
+        similarities = pair @ self.bank.T  # (2, B, K)
+        # A batch shows few kinds of images: prototypes take what mass they get (tau_b), images give all of theirs.
+        transport = dk.sinkhorn(1 - similarities, eps=self.eps, n_iters=self.n_iters, tau_b=self.eps)
+        target = transport.plan[0].detach()
         target = target / target.sum(-1, keepdim=True)
-        log_prediction = (similarities / self.temperature).log_softmax(-1)
-        swapped = -(target.flip(0) * log_prediction).sum(-1).mean()
-        return transport.value.mean(), swapped
+        swapped = -(target * (similarities[1] / self.temperature).log_softmax(-1)).sum(-1).mean()
+        return transport.value[1], swapped

@@ -1,6 +1,5 @@
 """From the feature maps of a backbone to tokens on one grid, and from reconstructed tokens to an error map."""
 
-import math
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -11,16 +10,19 @@ from dpdiff.backbones import Backbone
 
 
 class Tokenizer(nn.Module):
-    """Averages neighbourhoods, standardises every layer, brings all to one grid and concatenates: tokens (B, N, D).
+    """Standardises every layer, brings all to one grid, scales their vectors to one length: tokens (B, N, D).
 
-    Each feature vector is first averaged with its neighbours in a window of `neighbourhood` x `neighbourhood`, as in
-    PatchCore (Roth et al., "Towards total recall in industrial anomaly detection", 2022), which makes it a description
-    of its surroundings that tolerates small shifts.
+    The grid is that of the finest layer, or of the one whose stride is `stride`; the others are interpolated. Plain
+    transformers, whose layers share one grid, have theirs averaged in two groups, the early and the late ones, as
+    Dinomaly does (Guo et al., CVPR 2025). A layer of more than `max_channels` channels is projected on its principal
+    components.
 
-    The grid is that of the layer whose stride is `stride`. A finer layer is folded into it (each token takes the r x r
-    feature vectors it covers, so that nothing is lost), a coarser one is interpolated. Plain transformers, whose
-    layers share one grid, have theirs averaged in two groups, the early and the late ones, as Dinomaly does
-    (Guo et al., CVPR 2025). A layer of more than `max_channels` channels is projected on its principal components.
+    All the vectors of all layers have the same length, such that a token's mean square is one. So half the mean squared
+    difference of two tokens is the mean of 1 - cosine over the layers: Euclidean operators compare directions, in which
+    defects show, and not lengths, which vary with contrast.
+
+    With `neighbourhood` > 1 each feature vector is first averaged with its neighbours in a window of that side, as in
+    PatchCore (Roth et al., "Towards total recall in industrial anomaly detection", 2022).
 
     `fit` sets the statistics; they are buffers, saved with the model.
     """
@@ -31,7 +33,7 @@ class Tokenizer(nn.Module):
         image_size: int,
         stride: int | None = None,
         max_channels: int = 128,
-        neighbourhood: int = 3,
+        neighbourhood: int = 1,
     ) -> None:
         super().__init__()
         if neighbourhood < 1 or neighbourhood % 2 == 0:
@@ -43,11 +45,10 @@ class Tokenizer(nn.Module):
         # Layers whose average is one group of features. A CNN's layers stay apart.
         self.fused = _halves(len(maps)) if len(set(sizes)) == 1 and len(maps) > 2 else [[i] for i in range(len(maps))]
         strides = [backbone.strides[group[0]] for group in self.fused]
-        target = stride if stride is not None else _default_stride(strides)
-        if target not in strides:
+        self.stride = stride if stride is not None else min(strides)
+        if self.stride not in strides:
             raise ValueError(f"stride is {stride}: expected one of the layers' strides {sorted(set(strides))}")
-        self.grid = sizes[self.fused[strides.index(target)][0]]
-        self.folds = [_fold(sizes[group[0]], self.grid) for group in self.fused]
+        self.grid = sizes[self.fused[strides.index(self.stride)][0]]
         channels = [backbone.channels[group[0]] for group in self.fused]
         self.widths = [min(c, max_channels) for c in channels]
         for i, (c, width) in enumerate(zip(channels, self.widths)):
@@ -57,7 +58,7 @@ class Tokenizer(nn.Module):
     @property
     def dim(self) -> int:
         """Channels D of a token."""
-        return sum(width * fold**2 for width, fold in zip(self.widths, self.folds))
+        return sum(self.widths)
 
     @property
     def n_tokens(self) -> int:
@@ -92,27 +93,20 @@ class Tokenizer(nn.Module):
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         """Feature maps (B, C_l, H_l, W_l) of the backbone's layers -> tokens (B, N, D)."""
+        length = (self.dim / len(self.fused)) ** 0.5
         layers = []
-        for i, (features, fold) in enumerate(zip(self._fuse(maps), self.folds)):
+        for i, features in enumerate(self._fuse(maps)):
             features = features.movedim(1, -1) - getattr(self, f"mean_{i}")
             features = (features @ getattr(self, f"basis_{i}")).movedim(-1, 1)
-            if fold > 1:
-                features = F.pixel_unshuffle(features, fold)
-            elif features.shape[-2:] != self.grid:
+            if features.shape[-2:] != self.grid:
                 features = F.interpolate(features, size=self.grid, mode="bilinear", align_corners=False)
-            layers.append(features)
+            layers.append(length * F.normalize(features, dim=1))
         return torch.cat(layers, 1).flatten(2).mT.contiguous()
 
-    def split(self, tokens: Tensor) -> list[Tensor]:
-        """Tokens (B, N, D) -> one map per layer (B, width, height, width), unfolded to the layer's own grid."""
-        maps = tokens.mT.unflatten(-1, self.grid)
-        layers = maps.split([width * fold**2 for width, fold in zip(self.widths, self.folds)], 1)
-        return [F.pixel_shuffle(layer, fold) if fold > 1 else layer for layer, fold in zip(layers, self.folds)]
-
-    def cosine_distances(self, tokens: Tensor, reconstruction: Tensor) -> list[Tensor]:
-        """1 - cosine similarity of each layer's feature vectors: maps (B, height, width) on the layers' own grids."""
-        pairs = zip(self.split(tokens), self.split(reconstruction))
-        return [1 - F.cosine_similarity(x, y, dim=1) for x, y in pairs]
+    def cosine_distances(self, tokens: Tensor, reconstruction: Tensor) -> Tensor:
+        """The mean of 1 - cosine similarity over the layers' parts of each token: (B, N)."""
+        pairs = zip(tokens.split(self.widths, -1), reconstruction.split(self.widths, -1))
+        return torch.stack([1 - F.cosine_similarity(x, y, dim=-1) for x, y in pairs]).mean(0)
 
     def _fuse(self, maps: Sequence[Tensor]) -> list[Tensor]:
         fused = [maps[g[0]] if len(g) == 1 else torch.stack([maps[i] for i in g]).mean(0) for g in self.fused]
@@ -122,13 +116,3 @@ class Tokenizer(nn.Module):
 
 def _halves(n: int) -> list[list[int]]:
     return [list(range(n // 2)), list(range(n // 2, n))]
-
-
-def _default_stride(strides: Sequence[int]) -> int:
-    return min(strides, key=lambda s: abs(math.log2(s / 16)))
-
-
-def _fold(size: tuple[int, int], grid: tuple[int, int]) -> int:
-    """How many feature vectors of a finer layer, along each side, make one token; 1 where it isn't a multiple."""
-    fold = size[0] // grid[0]
-    return fold if fold > 1 and size == (grid[0] * fold, grid[1] * fold) else 1

@@ -31,7 +31,7 @@ from dpdiff.serialization import save
 CHECKPOINT = "last.ckpt"
 WEIGHTS = "model.safetensors"
 _FIT_BATCH = 32
-_FIT_IMAGES = 1_000  # on which statistics, first prototypes and the scores' scales are computed
+_FIT_IMAGES = 8_000  # on which statistics and prototypes are computed
 
 
 class Training(L.LightningModule):
@@ -226,7 +226,6 @@ def train(
     if training.average is not None:
         model.denoiser.load_state_dict(training.average.module.state_dict())
     if trainer.is_global_zero:
-        model.calibrate(model.encode(_to(model, reduced)) for reduced in _some(features, "Calibrating", show))
         save(model, out / WEIGHTS)
     return model
 
@@ -237,17 +236,12 @@ def _initialise(model: Detector, features: FeatureCache, seed: int, show: bool) 
 
 
 def _some(features: FeatureCache, description: str, show: bool) -> Iterator[list[Tensor]]:
-    """At most 1,000 of the images, evenly spread, in batches."""
+    """At most 8,000 of the images, evenly spread, in batches."""
     n = min(_FIT_IMAGES, len(features))
     chosen = [i * len(features) // n for i in range(n)]
     starts = range(0, n, _FIT_BATCH)
     for start in _tracker(description, show)(starts):
         yield features.batch(chosen[start : start + _FIT_BATCH])
-
-
-def _to(model: Detector, tensors: list[Tensor]) -> list[Tensor]:
-    device = next(model.parameters()).device
-    return [tensor.to(device) for tensor in tensors]
 
 
 def _as_is(batch: Any) -> Any:  # Stream makes batches

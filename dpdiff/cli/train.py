@@ -62,7 +62,7 @@ def train(
 
     Example: `dpdiff train --data mvtec --out runs/mvtec`
 
-    Example: `dpdiff train --data products:160 --out runs/160 --steps 5000 --set n_local=1024`
+    Example: `dpdiff train --data products:160 --out runs/160 --steps 5000 --set n_local=128`
     """
     cls = model_class(model)
     weights = backbone_weights and backbone_weights.absolute()
@@ -81,6 +81,8 @@ def train(
     fit |= {"seed": seed, "devices": devices, "accelerator": accelerator, "precision": precision}
     fit |= {"accumulate": accumulate, "compile": compile}
     fit = {name: value for name, value in fit.items() if value is not None}
+    samples = read_catalogue(data, need="train").train
+    options = cls.suggest(len(samples)) | options
     record = {"data": data if is_products(data) else os.path.abspath(data), "on_corrupt": on_corrupt, "model": model}
     record |= defaults(cls) | options | defaults(training.train) | cls.TRAINING | fit
     record = {name: value for name, value in record.items() if name not in _UNRECORDED}
@@ -93,7 +95,6 @@ def train(
             return
 
     _check_hardware(accelerator, devices, precision)
-    samples = read_catalogue(data, need="train").train
     torch.manual_seed(seed)  # of the weights that training begins with
     detector = cls(**options)
     samples = usable(samples, on_corrupt)

@@ -20,13 +20,13 @@ def inputs():
         timesteps=torch.tensor([3, 700]),
         condition=randn(B, N, D_TOKEN),
         local_bank=randn(12, D_TOKEN),
-        global_bank=randn(5, DIM),
+        global_bank=randn(5, D_TOKEN),
     )
 
 
 def make(**options):
     torch.manual_seed(0)
-    return Denoiser(D_TOKEN, N, **dict(dim=DIM, depth=2, num_heads=3) | options)
+    return Denoiser(D_TOKEN, (3, 3), **dict(patch_size=1, dim=DIM, depth=2, num_heads=3) | options)
 
 
 def trained(denoiser):
@@ -46,7 +46,7 @@ def test_blocks_start_as_the_identity():
     torch.manual_seed(0)
     block = DenoiserBlock(DIM, 3, 4.0, True)
     x, t = torch.randn(B, N, DIM), torch.randn(B, 1, DIM)
-    banks = block.project_banks(torch.randn(12, DIM), torch.randn(5, DIM))
+    banks = block.prototype_attention.project_banks(torch.randn(12, DIM), torch.randn(5, DIM))
     torch.testing.assert_close(block(x, t, banks), x, rtol=0, atol=0)
 
 
@@ -67,13 +67,22 @@ def test_gradients_reach_every_parameter_and_input(inputs):
         assert tensor.grad is not None and tensor.grad.abs().sum() > 0, name
 
 
-def test_banks_projected_once_are_the_banks_themselves(inputs):
-    """Keys and values of the cache against PrototypeAttention given the prototypes."""
-    block = trained(make()).blocks[0]
-    local_bank, global_bank = torch.randn(12, DIM), inputs["global_bank"]
-    attention, x = block.prototype_attention, torch.randn(B, N, DIM)
-    cache = block.project_banks(local_bank, global_bank)
-    torch.testing.assert_close(attention(x, cache=cache), attention(x, local_bank, global_bank))
+def test_banks_of_each_image_are_its_own(inputs):
+    """One bank for all, or the same one given to each image, or each image alone with its own."""
+    denoiser = trained(make())
+    before = run(denoiser, **inputs)
+    own = torch.stack([inputs["local_bank"], inputs["local_bank"].flip(-1)])
+    together = run(denoiser, **inputs | {"local_bank": own})
+    torch.testing.assert_close(together[0], before[0], rtol=1e-4, atol=1e-5)
+    alone = {name: inputs[name][1:] for name in ("noisy", "timesteps", "condition")}
+    torch.testing.assert_close(together[1:], run(denoiser, **inputs | alone | {"local_bank": own[1]}))
+
+
+@pytest.mark.parametrize("patch_size", [2, 3, 4])
+def test_patches_of_any_size_give_back_the_grid(inputs, patch_size):
+    denoiser = make(patch_size=patch_size)
+    assert run(denoiser, **inputs).shape == (B, N, D_TOKEN)
+    torch.testing.assert_close(denoiser._tokens(denoiser._patches(inputs["noisy"])), inputs["noisy"], rtol=0, atol=0)
 
 
 def test_order_of_prototypes_and_batch_does_not_matter(inputs):

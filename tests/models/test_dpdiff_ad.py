@@ -12,10 +12,9 @@ from dpdiff.data import load_image
 
 
 def prepared(model, images):
-    """With the statistics, the banks and the scales of these images, but untrained."""
+    """With the statistics and the banks of these images, but untrained."""
     maps = model.backbone(images)
     model.initialise(lambda: [maps], len(images), torch.Generator().manual_seed(0))
-    model.calibrate([model.encode(maps)])
     return model.eval()
 
 
@@ -105,6 +104,9 @@ def test_images_of_another_type_shape_or_range_are_refused(model, given, error, 
         (dict(n_steps=8, timestep=303), r"n_steps is 8: expected at most timestep - min_timestep \+ 1 \(4\)"),
         (dict(local_weight=1.5), r"local_weight is 1.5: expected 0 to 1"),
         (dict(temperature=0.0), r"temperature is 0.0"),
+        (dict(route=0), r'route is 0: expected a positive int or "all"'),
+        (dict(route="some"), r"route is 'some'"),
+        (dict(patch_size=0), r"patch_size is 0"),
         (dict(backbone="resnet_eighteen"), r"backbone: timm knows no model 'resnet_eighteen'"),
     ],
 )
@@ -137,13 +139,44 @@ def test_ablations_leave_no_parameter_without_a_gradient(tiny, images, option):
     assert [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
 
 
-def test_calibration_brings_both_maps_to_a_mean_of_one(model, images):
-    tokens = model.tokenize(images)
-    means = [m.mean() for m in model._maps(tokens)]
-    torch.testing.assert_close(model.map_means, torch.stack(means), rtol=1e-4, atol=1e-6)
-    once = model.map_means.clone()
-    model.calibrate([tokens[:5], tokens[5:]])  # batches of different sizes weigh by their images
-    torch.testing.assert_close(model.map_means, once, rtol=1e-4, atol=1e-6)
+def test_an_image_uses_the_groups_that_it_is_routed_to(tiny, images):
+    """Other groups of local prototypes may hold anything; with route="all" every one counts."""
+    for route, same in [(2, True), ("all", False)]:
+        model = prepared(tiny(route=route), images)
+        before = model.predict(images[:1])
+        used = model.global_prototypes.route(model.tokenize(images[:1]).mean(1), 2)
+        others = (model.local_prototypes.groups[:, None] != used[0]).all(1)
+        model.local_prototypes.bank[others] = model.tokenize(images[:1])[0, 0]
+        assert torch.equal(model.predict(images[:1]).maps, before.maps) == same
+
+
+def test_routing_to_every_group_is_route_all(tiny, images):
+    routed, whole = (prepared(tiny(route=route), images).predict(images[:4]) for route in (8, "all"))
+    torch.testing.assert_close(routed, whole, rtol=0, atol=0)
+
+
+def test_local_prototypes_of_a_group_are_those_of_its_images(tiny, images):
+    """Two kinds of images, two groups: each group's prototypes describe its own kind better."""
+    noise = torch.rand(len(images), 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    model = prepared(tiny(n_global=2, route=1), torch.cat([images, noise]))
+    groups = model.global_prototypes.route(model.tokenize(torch.cat([images, noise])).mean(1), 1)[:, 0]
+    assert groups[:16].unique().numel() == groups[16:].unique().numel() == 1 and groups[0] != groups[-1]
+    for kind, group in [(images, groups[0]), (noise, groups[-1])]:
+        tokens = model.tokenize(kind)
+        right, wrong = (
+            model.local_prototypes(tokens, torch.full((len(kind), 1), g))[1].mean() for g in (group, 1 - group)
+        )
+        assert right < 0.8 * wrong
+
+
+def test_fewer_images_than_global_prototypes(tiny, images):
+    out = prepared(tiny(n_global=8), images[:3]).predict(images)
+    assert out.scores.isfinite().all() and out.maps.isfinite().all()
+
+
+def test_suggested_prototypes_follow_the_images():
+    counts = [dpdiff.DPDiffAD.suggest(n)["n_global"] for n in (1, 256, 707, 2_560, 10**6)]
+    assert counts == [16, 16, 44, 160, 2_048]
 
 
 def test_local_weight_blends_the_two_maps(tiny, images):
@@ -168,10 +201,9 @@ def test_training_lowers_the_error_of_good_products_and_finds_painted_defects(ti
         optimizer.step()
         history.append({name: loss.item() for name, loss in losses.items()})
     model.eval()
-    for name in ("loss", "cosine", "mse"):  # local starts at the optimum of k-means
+    for name in ("loss", "cosine", "mse"):
         first, last = (sum(h[name] for h in part) / 10 for part in (history[:10], history[-10:]))
         assert last < 0.8 * first, (name, first, last)
-    model.calibrate([tokens])
 
     new = [striped(1000 + i) for i in range(24)]
     damaged, masks = zip(*(with_defect(image, i) for i, image in enumerate(new)))

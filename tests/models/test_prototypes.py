@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from sklearn.cluster import KMeans
 
-import dpdiff_kernels as dk
 from dpdiff.prototypes import GlobalPrototypes, LocalPrototypes
 
 
@@ -18,141 +17,102 @@ def blobs(n_blobs=6, per_blob=50, dim=8, seed=0):
     return points[torch.randperm(len(points), generator=generator)]
 
 
-def test_local_bank_starts_at_the_cluster_centres():
+def test_a_group_is_the_cluster_centres_of_its_tokens():
     points = blobs()
-    prototypes = LocalPrototypes(6, 8)
-    prototypes.initialise(points, n_iters=20, generator=torch.Generator().manual_seed(0))
+    prototypes = LocalPrototypes(3, 6, 8)
+    others = prototypes.bank.clone()
+    prototypes.initialise(1, points, generator=torch.Generator().manual_seed(0))
     expected = KMeans(6, n_init=10, random_state=0).fit(points.numpy()).cluster_centers_
-    got = prototypes.bank.detach().numpy()
-    distances = np.linalg.norm(got[:, None] - expected, axis=-1)
+    distances = np.linalg.norm(prototypes.bank[6:12].numpy()[:, None] - expected, axis=-1)
     assert sorted(distances.argmin(1)) == list(range(6))
     np.testing.assert_allclose(distances.min(1), 0, atol=1e-3)
+    assert torch.equal(prototypes.bank[:6], others[:6]) and torch.equal(prototypes.bank[12:], others[12:])
+
+
+def test_fewer_tokens_than_prototypes():
+    prototypes = LocalPrototypes(1, 8, 2)
+    points = torch.tensor([[0.0, 0.0], [5.0, 0.0], [0.0, 5.0]])
+    prototypes.initialise(0, points, generator=torch.Generator().manual_seed(0))
+    assert {tuple(p) for p in prototypes.bank.tolist()} <= {tuple(p) for p in points.tolist()}
 
 
 @pytest.mark.parametrize("k", [1, 3])
 def test_condition_is_the_softmax_of_the_nearest_prototypes(k):
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randn(2, 7, 5, generator=generator)
-    prototypes = LocalPrototypes(9, 5, k=k, temperature=0.2)
-    condition, distances = prototypes(tokens)
-    bank = prototypes.bank.detach().double().numpy()
+    prototypes = LocalPrototypes(3, 4, 5, k=k, temperature=0.2)
+    active = torch.tensor([[0, 2], [1, 2]])
+    condition, distances = prototypes(tokens, active)
+    whole, all_distances = prototypes(tokens, None)
+    assert (all_distances <= distances).all() and not torch.equal(whole, condition)
     for i, j in np.ndindex(2, 7):
         token = tokens[i, j].double().numpy()
+        bank = prototypes.active(active)[i].double().numpy()
         squared = ((token - bank) ** 2).mean(-1)  # per channel
         nearest = np.argsort(squared)[:k]
         weights = np.exp(-squared[nearest] / 0.2)
         expected = weights @ bank[nearest] / weights.sum()
-        np.testing.assert_allclose(condition[i, j].detach().numpy(), expected, atol=1e-5)
-        np.testing.assert_allclose(distances[i, j].detach().numpy(), squared.min(), atol=1e-5)
+        np.testing.assert_allclose(condition[i, j].numpy(), expected, atol=1e-5)
+        np.testing.assert_allclose(distances[i, j].numpy(), squared.min(), atol=1e-5)
 
 
-def test_the_loss_pulls_the_nearest_prototypes_to_the_tokens():
-    points = blobs()
-    prototypes = LocalPrototypes(6, 8)
-    with torch.no_grad():
-        prototypes.bank.copy_(points[:6])
-    optimizer = torch.optim.Adam(prototypes.parameters(), lr=0.05)
-    losses = []
-    for _ in range(100):
-        loss = prototypes(points[None])[1].mean()
+def descriptors(counts=(60, 6, 6), dim=12, seed=0):
+    """Images of kinds that differ, some kinds much more frequent than others, and their kinds."""
+    generator = torch.Generator().manual_seed(seed)
+    kinds = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    centres = torch.randn(len(counts), dim, generator=generator)
+    return centres[kinds] + 0.1 * torch.randn(len(kinds), dim, generator=generator), kinds
+
+
+def test_every_kind_of_image_has_a_global_prototype_and_images_go_to_their_own():
+    images, kinds = descriptors()
+    prototypes = GlobalPrototypes(6, 12)
+    prototypes.initialise(images, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(prototypes.bank.norm(dim=1), torch.ones(6))
+    nearest = prototypes.route(images, 1)[:, 0]
+    kinds_of = [set(kinds[nearest == g].tolist()) for g in range(6)]
+    assert all(len(kind) <= 1 for kind in kinds_of) and set.union(*kinds_of) == {0, 1, 2}
+    similarity = F.normalize(images, dim=1) @ prototypes.bank.T
+    assert torch.equal(prototypes.route(images, 3), similarity.topk(3).indices)
+
+
+def test_fewer_images_than_global_prototypes():
+    images, _ = descriptors((2, 1))
+    prototypes = GlobalPrototypes(8, 12)
+    prototypes.initialise(images, generator=torch.Generator().manual_seed(0))
+    assert prototypes.bank.isfinite().all()
+
+
+def test_swapped_assignment_is_that_of_pots_plan():
+    """Marginals of images hold; those of prototypes are free at a price."""
+    images, _ = descriptors()
+    bank = GlobalPrototypes(5, 12, eps=0.2, n_iters=500, temperature=0.3)
+    clean, reconstructed = images, images + 0.3 * torch.randn(images.shape, generator=torch.Generator().manual_seed(1))
+    _, swapped = bank(clean, reconstructed)
+    pair = F.normalize(torch.stack([clean, reconstructed]).double(), dim=-1)
+    similarities = (pair @ bank.bank.double().T).numpy()
+    a, b = np.full(len(images), 1 / len(images)), np.full(5, 1 / 5)
+    plan = ot.unbalanced.sinkhorn_unbalanced(
+        a, b, 1 - similarities[0], reg=0.2, reg_m=(np.inf, 0.2), numItermax=10_000, stopThr=1e-12
+    )
+    np.testing.assert_allclose(plan.sum(1), a, rtol=1e-3)
+    logits = similarities[1] / 0.3
+    log_prediction = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    expected = -(plan / plan.sum(1, keepdims=True) * log_prediction).sum(1).mean()
+    assert swapped.item() == pytest.approx(expected, abs=1e-3)
+
+
+def test_losses_pull_reconstructions_back():
+    """To the prototypes of their own kind."""
+    images, kinds = descriptors()
+    bank = GlobalPrototypes(6, 12)
+    bank.initialise(images, generator=torch.Generator().manual_seed(0))
+    reconstructed = torch.randn(images.shape, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    optimizer = torch.optim.Adam([reconstructed], lr=0.05)
+    for _ in range(60):
+        loss = sum(bank(images, reconstructed))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < 0.8 * losses[0]
-    assert losses[-1] == pytest.approx(min(losses), rel=0.05)
-
-
-def test_uses_are_counted_in_training_only():
-    prototypes = LocalPrototypes(3, 2)
-    with torch.no_grad():
-        prototypes.bank.copy_(torch.tensor([[0.0, 0.0], [5.0, 0.0], [0.0, 5.0]]))
-    tokens = torch.tensor([[[0.1, 0.0], [5.1, 0.0], [4.0, 0.0]]])
-    prototypes(tokens)
-    prototypes(tokens)
-    assert prototypes.counts.tolist() == [2, 4, 0]
-    prototypes.eval()(tokens)
-    assert prototypes.counts.tolist() == [2, 4, 0]
-
-
-def test_revive_moves_unused_prototypes_onto_the_farthest_tokens():
-    prototypes = LocalPrototypes(4, 2)
-    with torch.no_grad():
-        prototypes.bank.copy_(torch.tensor([[0.0, 0.0], [90.0, 90.0], [5.0, 0.0], [-90.0, 90.0]]))
-    tokens = torch.tensor([[[0.0, 0.1], [5.0, 0.5]], [[0.0, 3.0], [5.0, 2.0]]])
-    _, distances = prototypes(tokens)
-    assert prototypes.revive(tokens, distances.detach()) == 2
-    moved = prototypes.bank.detach()
-    assert moved[[0, 2]].tolist() == [[0.0, 0.0], [5.0, 0.0]]
-    assert sorted(moved[[1, 3]].tolist()) == [[0.0, 3.0], [5.0, 2.0]]
-    _, distances = prototypes(tokens)  # now each is the nearest of one token
-    assert prototypes.revive(tokens, distances.detach()) == 0
-    torch.testing.assert_close(prototypes.bank.detach(), moved)
-
-
-def test_revive_with_fewer_tokens_than_unused_prototypes():
-    prototypes = LocalPrototypes(8, 2)
-    tokens = torch.randn(1, 3, 2)
-    assert prototypes.revive(tokens, torch.tensor([[1.0, 2.0, 3.0]])) == 3  # none was used yet
-
-
-def views(n=48, dim=12, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    view = torch.randn(n, dim, generator=generator)
-    return view, view + 0.3 * torch.randn(n, dim, generator=generator)
-
-
-def test_transport_uses_every_prototype_alike(monkeypatch):
-    plans = []
-
-    def recorded(*args, **kwargs):
-        plans.append(sinkhorn(*args, **kwargs))
-        return plans[-1]
-
-    sinkhorn = dk.sinkhorn
-    monkeypatch.setattr(dk, "sinkhorn", recorded)
-    bank = GlobalPrototypes(6, 12)
-    with torch.no_grad():
-        bank.bank[1:] = bank.bank[1:] - 2 * bank.bank[:1]  # every point's nearest prototypes are few
-    bank(*views())
-    (transport,) = plans
-    assert transport.plan.shape == (2, 48, 6)
-    torch.testing.assert_close(transport.plan.sum(-2), torch.full((2, 6), 1 / 6), rtol=0.01, atol=0)
-    torch.testing.assert_close(transport.plan.sum(-1), torch.full((2, 48), 1 / 48), rtol=0.15, atol=0)
-
-
-def test_losses_are_those_of_pot():
-    bank = GlobalPrototypes(6, 12, eps=0.2, n_iters=200, temperature=0.3)
-    pair = views()
-    transport, swapped = bank(*pair)
-    prototypes = F.normalize(bank.bank.detach().double(), dim=-1).numpy()
-    similarities = [F.normalize(v.double(), dim=-1).numpy() @ prototypes.T for v in pair]
-    plans = [ot.sinkhorn([], [], 1 - s, reg=0.2, stopThr=1e-12) for s in similarities]
-    # The regularised objective is the plan's cost less eps times its entropy, up to a constant of the marginals.
-    costs = [(p * (1 - s)).sum() + 0.2 * (p * np.log(p * 48 * 6)).sum() for p, s in zip(plans, similarities)]
-    assert transport.item() == pytest.approx(np.mean(costs), abs=1e-4)
-    expected = []
-    for plan, other in [(plans[0], similarities[1]), (plans[1], similarities[0])]:
-        logits = other / 0.3
-        log_prediction = logits - np.log(np.exp(logits).sum(1, keepdims=True))
-        expected.append(-(plan / plan.sum(1, keepdims=True) * log_prediction).sum(1).mean())
-    assert swapped.item() == pytest.approx(np.mean(expected), abs=1e-4)
-
-
-def test_both_losses_fall_and_reach_bank_and_embedding():
-    torch.manual_seed(0)
-    bank, embed = GlobalPrototypes(6, 12), torch.nn.Linear(12, 12)
-    x, y = views()
-    optimizer = torch.optim.Adam([*bank.parameters(), *embed.parameters()], lr=0.02)
-    history = []
-    for _ in range(40):
-        transport, swapped = bank(embed(x), embed(y))
-        optimizer.zero_grad()
-        (transport + swapped).backward()
-        assert bank.bank.grad.abs().sum(-1).min() > 0  # every prototype
-        assert embed.weight.grad.abs().sum() > 0
-        optimizer.step()
-        history.append((transport.item(), swapped.item()))
-    assert history[-1][0] < 0.7 * history[0][0]
-    assert history[-1][1] < 0.7 * history[0][1]
-    assert len(bank.similarity(embed(x)).argmax(-1).unique()) == 6
+    kind_of_prototype = kinds[(F.normalize(images, dim=1) @ bank.bank.T).argmax(0)]
+    assert torch.equal(kind_of_prototype[bank.route(reconstructed, 1)[:, 0]], kinds)

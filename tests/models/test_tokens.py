@@ -34,15 +34,23 @@ def vectors(features):
     return features.movedim(1, -1).flatten(0, -2).double().numpy()
 
 
+def split(tokenizer, tokens):
+    """Tokens (B, N, D) as one map per layer (B, width, h, w)."""
+    return [t.mT.unflatten(-1, tokenizer.grid) for t in tokens.split(tokenizer.widths, -1)]
+
+
+def directions(rows):
+    return rows / np.linalg.norm(rows, axis=-1, keepdims=True)
+
+
 def test_statistics_are_those_of_the_training_maps(backbone):
     tokenizer = Tokenizer(backbone, 64, max_channels=10_000, neighbourhood=1)
     maps = random_maps(backbone)
     tokenizer.fit([[m[:5] for m in maps], [m[5:6] for m in maps], [m[6:] for m in maps]])  # batches of any size
     new = random_maps(backbone, n=3, seed=1)
-    fine, middle, _ = tokenizer.split(tokenizer(new))
-    for got, train, test in [(fine, maps[0], new[0]), (middle, maps[1], new[1])]:
-        expected = StandardScaler().fit(vectors(train)).transform(vectors(test))
-        np.testing.assert_allclose(vectors(got), expected, rtol=1e-4, atol=1e-4)
+    fine = split(tokenizer, tokenizer(new))[0]
+    expected = StandardScaler().fit(vectors(maps[0])).transform(vectors(new[0]))
+    np.testing.assert_allclose(directions(vectors(fine)), directions(expected), rtol=1e-4, atol=1e-4)
 
 
 def test_wide_layers_are_projected_on_principal_components(backbone):
@@ -51,46 +59,38 @@ def test_wide_layers_are_projected_on_principal_components(backbone):
     assert tokenizer.widths == [width] * 3
     maps, new = random_maps(backbone), random_maps(backbone, n=3, seed=1)
     tokenizer.fit([maps])
-    got = tokenizer.split(tokenizer(new))
-    for layer, train, test in zip(got[:2], maps, new):
-        scaler = StandardScaler().fit(vectors(train))
-        pca = PCA(width, svd_solver="full").fit(scaler.transform(vectors(train)))
-        expected = pca.transform(scaler.transform(vectors(test)))
-        # A component's sign is arbitrary.
-        np.testing.assert_allclose(np.abs(vectors(layer)), np.abs(expected), rtol=1e-3, atol=1e-3)
+    got = split(tokenizer, tokenizer(new))
+    scaler = StandardScaler().fit(vectors(maps[0]))
+    pca = PCA(width, svd_solver="full").fit(scaler.transform(vectors(maps[0])))
+    expected = directions(pca.transform(scaler.transform(vectors(new[0]))))
+    # A component's sign is arbitrary.
+    np.testing.assert_allclose(np.abs(directions(vectors(got[0]))), np.abs(expected), rtol=1e-3, atol=1e-3)
 
 
-def test_split_gives_back_the_maps_on_their_own_grids(backbone):
-    tokenizer = Tokenizer(backbone, 64, max_channels=10_000, neighbourhood=1)
+def test_tokens_are_the_layers_vectors_on_the_finest_grid_in_one_length(backbone):
+    tokenizer = Tokenizer(backbone, 64, max_channels=10_000)
     maps = random_maps(backbone)  # not fitted: the statistics are the identity
     tokens = tokenizer(maps)
-    assert tokenizer.grid == (4, 4)  # of the stride closest to 16
-    assert tokens.shape == (12, tokenizer.n_tokens, tokenizer.dim)
-    assert tokenizer.dim == 4 * backbone.channels[0] + backbone.channels[1] + backbone.channels[2]
-    fine, middle, coarse = tokenizer.split(tokens)
-    torch.testing.assert_close(fine, maps[0])
-    torch.testing.assert_close(middle, maps[1])
-    torch.testing.assert_close(coarse, F.interpolate(maps[2], size=(4, 4), mode="bilinear"))
+    assert tokenizer.grid == (8, 8) and tokenizer.stride == 8
+    assert tokens.shape == (12, tokenizer.n_tokens, tokenizer.dim) and tokenizer.dim == sum(backbone.channels)
+    layers = split(tokenizer, tokens)
+    for layer, features in zip(layers, maps):
+        expected = F.interpolate(features, size=(8, 8), mode="bilinear")
+        np.testing.assert_allclose(directions(vectors(layer)), directions(vectors(expected)), atol=1e-5)
+        torch.testing.assert_close(layer.square().sum(1), torch.full((12, 8, 8), tokenizer.dim / 3))
 
 
-def test_a_token_holds_the_fine_vectors_that_it_covers(backbone):
-    tokenizer = Tokenizer(backbone, 64, neighbourhood=1)
-    maps = random_maps(backbone, n=1)
-    before = tokenizer(maps)
-    maps[0][0, :, 5, 2] += 1  # row 5, column 2 of the 8 x 8 grid lies in row 2, column 1 of the 4 x 4 grid
-    changed = (tokenizer(maps) != before).any(-1)[0]
-    assert changed.nonzero().flatten().tolist() == [2 * 4 + 1]
+def test_half_the_mean_square_of_a_difference_is_the_mean_cosine_distance(backbone):
+    tokenizer = Tokenizer(backbone, 64)
+    x, y = tokenizer(random_maps(backbone)), tokenizer(random_maps(backbone, seed=1))
+    torch.testing.assert_close((x - y).square().mean(-1) / 2, tokenizer.cosine_distances(x, y), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("size", [48, 72, 80])
-def test_grids_that_do_not_divide_are_interpolated(backbone, size):
+def test_grids_that_do_not_divide(backbone, size):
     tokenizer = Tokenizer(backbone, size)
-    maps = backbone(torch.rand(2, 3, size, size))
-    tokens = tokenizer(maps)
-    assert tokens.shape == (2, tokenizer.n_tokens, tokenizer.dim)
-    for layer, width in zip(tokenizer.split(tokens), tokenizer.widths):
-        assert layer.shape[:2] == (2, width)
-        assert layer.shape[2] % tokenizer.grid[0] == 0
+    tokens = tokenizer(backbone(torch.rand(2, 3, size, size)))
+    assert tokens.shape == (2, tokenizer.n_tokens, tokenizer.dim) and tokens.isfinite().all()
 
 
 @pytest.mark.parametrize(("stride", "grid"), [(8, (8, 8)), (16, (4, 4)), (32, (2, 2))])
@@ -110,11 +110,12 @@ def test_neighbourhoods_are_averaged(backbone, side):
     """Within the map: at its border over the neighbours that there are."""
     tokenizer = Tokenizer(backbone, 64, max_channels=10_000, neighbourhood=side)
     maps = random_maps(backbone, n=2)
-    fine = tokenizer.split(tokenizer(maps))[0]
+    fine = split(tokenizer, tokenizer(maps))[0]
     reach = side // 2
     for row, column in [(0, 0), (0, 4), (3, 3), (7, 1)]:
         window = maps[0][:, :, max(0, row - reach) : row + reach + 1, max(0, column - reach) : column + reach + 1]
-        torch.testing.assert_close(fine[:, :, row, column], window.mean((2, 3)), rtol=1e-4, atol=1e-3)
+        expected = F.normalize(window.mean((2, 3)), dim=1)
+        torch.testing.assert_close(F.normalize(fine[:, :, row, column], dim=1), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("side", [0, 2, -3])
@@ -129,12 +130,9 @@ def test_transformer_layers_are_averaged_in_an_early_and_a_late_group():
     tokenizer = Tokenizer(backbone, 64, max_channels=10_000, neighbourhood=1)
     maps = backbone(torch.rand(2, 3, 64, 64))
     half = len(maps) // 2
-    early, late = tokenizer.split(tokenizer(maps))
-    torch.testing.assert_close(early, sum(maps[:half]) / half)
-    torch.testing.assert_close(late, sum(maps[half:]) / (len(maps) - half))
-    tokenizer.fit([maps])
-    means = [vectors(m).mean(0) for m in tokenizer.split(tokenizer(maps))]
-    np.testing.assert_allclose(means, np.zeros_like(means), atol=1e-5)
+    early, late = split(tokenizer, tokenizer(maps))
+    for group, expected in [(early, sum(maps[:half])), (late, sum(maps[half:]))]:
+        torch.testing.assert_close(F.normalize(group, dim=1), F.normalize(expected, dim=1), rtol=1e-4, atol=1e-5)
 
 
 def test_constant_channels_give_zeros(backbone):
@@ -142,7 +140,7 @@ def test_constant_channels_give_zeros(backbone):
     maps = random_maps(backbone)
     maps[0][:, 3] = 7.0
     tokenizer.fit([maps])
-    fine = tokenizer.split(tokenizer(maps))[0]
+    fine = split(tokenizer, tokenizer(maps))[0]
     torch.testing.assert_close(fine[:, 3], torch.zeros(12, 8, 8), atol=1e-4, rtol=0)
     maps[0].zero_()  # a layer without any variation
     tokenizer.fit([maps])
@@ -154,15 +152,13 @@ def test_fit_needs_a_batch(backbone):
         Tokenizer(backbone, 64).fit([])
 
 
-def test_cosine_distances_per_layer(backbone):
+def test_cosine_distances_are_those_of_the_layers_averaged(backbone):
     tokenizer = Tokenizer(backbone, 64)
     generator = torch.Generator().manual_seed(2)
     tokens, other = torch.randn(2, 3, tokenizer.n_tokens, tokenizer.dim, generator=generator)
-    for distance, x, y in zip(
-        tokenizer.cosine_distances(tokens, other), tokenizer.split(tokens), tokenizer.split(other), strict=True
-    ):
-        x, y = x.double().numpy(), y.double().numpy()
-        norms = np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1)
-        np.testing.assert_allclose(distance.numpy(), 1 - (x * y).sum(1) / norms, atol=1e-5)
-    for distance in tokenizer.cosine_distances(tokens, -tokens):
-        torch.testing.assert_close(distance, torch.full_like(distance, 2.0))
+    expected = 0
+    for x, y in zip(tokens.split(tokenizer.widths, -1), other.split(tokenizer.widths, -1)):
+        x, y = directions(x.double().numpy()), directions(y.double().numpy())
+        expected = expected + (1 - (x * y).sum(-1)) / 3
+    np.testing.assert_allclose(tokenizer.cosine_distances(tokens, other).numpy(), expected, atol=1e-5)
+    torch.testing.assert_close(tokenizer.cosine_distances(tokens, -tokens), torch.full((3, tokenizer.n_tokens), 2.0))

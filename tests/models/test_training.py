@@ -9,7 +9,7 @@ import torch
 from stripes import as_batch, striped
 
 import dpdiff
-from dpdiff import dpdiff_ad, training
+from dpdiff import training
 from dpdiff.training import train
 
 STEPS = 12
@@ -63,7 +63,7 @@ def test_the_loss_falls(run, tmp_path):
 def test_only_what_is_learnt_changes(run, tiny):
     before, after = weights(tiny()), weights(run())
     changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
-    assert changed == {"tokenizer", "local_prototypes", "global_prototypes", "denoiser", "map_means"}
+    assert changed == {"tokenizer", "local_prototypes", "global_prototypes", "denoiser"}
     assert all(torch.equal(before[name], after[name]) for name in before if name.startswith("backbone"))
 
 
@@ -111,14 +111,12 @@ def test_ctrl_c_leaves_a_checkpoint_to_go_on_from(run, stop_after, tmp_path):
 
 
 @pytest.mark.parametrize("options", [dict(), dict(num_workers=1)])
-def test_a_killed_run_ends_with_the_weights_of_one_that_was_not(run, tiny, stop_after, monkeypatch, options):
-    """Between the checkpoint after step 4 and the kill before step 7 lies a revival, whose counts began before it."""
-    monkeypatch.setattr(dpdiff_ad, "_REVIVAL_INTERVAL", 6)
-    expected = weights(run("whole", model=tiny(n_local=64)))
+def test_a_killed_run_ends_with_the_weights_of_one_that_was_not(run, tiny, stop_after, options):
+    expected = weights(run("whole", model=tiny()))
     stop_after(7, die)
     with pytest.raises(Stop):
-        run("cut", model=tiny(n_local=64), **options)
-    assert_same(weights(run("cut", model=tiny(n_local=64), **options)), expected)
+        run("cut", model=tiny(), **options)
+    assert_same(weights(run("cut", model=tiny(), **options)), expected)
 
 
 def test_a_killed_run_of_dlsr_ends_with_the_same_weights(run, stop_after):
@@ -131,22 +129,6 @@ def test_a_killed_run_of_dlsr_ends_with_the_same_weights(run, stop_after):
     with pytest.raises(Stop):
         run("cut", model=model())
     assert_same(weights(run("cut", model=model())), expected)
-
-
-def test_unused_prototypes_are_revived(run, tiny, monkeypatch):
-    """Far away from all tokens, nothing else would move them."""
-    monkeypatch.setattr(dpdiff_ad, "_REVIVAL_INTERVAL", 5)
-    model = tiny(n_local=32, k=1)
-    initialise = model.initialise
-
-    def far_away(*args, **kwargs):
-        initialise(*args, **kwargs)
-        with torch.no_grad():
-            model.local_prototypes.bank[20:] = 1e3
-
-    monkeypatch.setattr(model, "initialise", far_away)
-    run(model=model)
-    assert model.local_prototypes.bank.abs().max() < 100
 
 
 def test_a_finished_run_is_not_trained_again(run):
