@@ -53,7 +53,7 @@ def slots_of(k: int) -> int:
 # The other kernels wait for memory: rows x channels.
 ROW_TILE = dict(R=8, BD=256)
 SETTLE_TILE = dict(BN=8, BD=128)
-EXHAUST_TILE = dict(BN=4, BK=32, BD=16)
+EXHAUST_TILE = dict(BN=4, BK=32, BD=32)
 VALUES_TILE = dict(BN=8, BD=256)
 SUMS_TILE = dict(R=32, BD=64)
 
