@@ -12,8 +12,8 @@ from torch import Tensor
 class Draws:
     """Random numbers for a batch, in which every sample has a generator of its own.
 
-    So a sample draws the same in whatever batch, process or order it comes: training can be resumed exactly, and spread
-    over processes without another result. A generator costs a few microseconds.
+    So a sample draws the same in whatever batch, process or order it comes, and training can be resumed exactly. A
+    generator costs a few microseconds.
 
     Args:
         seeds: one per sample, from 0 to 2^64 - 1.
