@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import os
 
-os.environ.pop("TRITON_INTERPRET", None)  # what the interpreter runs can't be compiled
+if __name__ == "__main__":
+    os.environ.pop("TRITON_INTERPRET", None)  # what the interpreter runs can't be compiled
 
 import argparse
 import importlib

@@ -25,7 +25,7 @@ class Detector(nn.Module):
     """A frozen `backbone`, and on its features a `denoiser` that learns from normal images.
 
     Training goes: `reduce` on the backbone's maps of every image, whose results are kept on disk; `initialise` once;
-    for every batch `encode` and, before the first of a step, `between_steps`, then `losses`.
+    for every batch `encode` and, before the first of a step, `between_steps`, then `losses`; in the end `calibrate`.
     """
 
     TRAINING: ClassVar[dict[str, Any]]  # max_steps, batch_size, lr, weight_decay: what `train` takes by default
@@ -70,6 +70,9 @@ class Detector(nn.Module):
     def losses(self, features: Tensor, draws: Draws | None = None) -> dict[str, Tensor]:
         """Losses of features (B, ...): "loss", what to minimise, and its parts, all scalars."""
         raise NotImplementedError
+
+    def calibrate(self, batches: Iterable[Tensor]) -> None:
+        """Sets what depends on the trained weights, from the features (B, ...) of normal images."""
 
     def _resize(self, images: Tensor) -> Tensor:
         size = [self.image_size, self.image_size]

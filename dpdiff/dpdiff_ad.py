@@ -112,6 +112,8 @@ class DPDiffAD(Detector):
         # The same noise for every image: a score depends on the image alone, not on its batch or on a seed.
         noise = torch.randn(n_samples, n_tokens, token_dim, generator=torch.Generator().manual_seed(0))
         self.register_buffer("noise", noise, persistent=False)
+        # Of anomaly maps of normal images: the unit of maps and scores.
+        self.register_buffer("map_mean", torch.ones(()))
 
     @classmethod
     def suggest(cls, n_images: int) -> dict[str, Any]:
@@ -176,6 +178,12 @@ class DPDiffAD(Detector):
         return {"loss": loss, "cosine": cosine, "mse": mse, "transport": transport, "swapped": swapped}
 
     @torch.no_grad()
+    def calibrate(self, batches: Iterable[Tensor]) -> None:
+        """Makes the mean of the anomaly maps of normal images, of tokens (B, N, D), the unit of maps and scores."""
+        means = torch.cat([self._blended(tokens).mean(1) for tokens in batches])
+        self.map_mean.copy_(means.mean())
+
+    @torch.no_grad()
     def predict(self, images: Tensor) -> Prediction:
         """images (B, 3, H, W) float in [0, 1] -> `Prediction` with scores (B,) and maps (B, H, W).
 
@@ -186,9 +194,7 @@ class DPDiffAD(Detector):
         """
         check_images(images)
         tokens = self.tokenize(images.to(self.noise.dtype)).float()
-        reconstruction, local = self._maps(tokens)
-        share = self.config["local_weight"]
-        maps = ((1 - share) * reconstruction + share * local).unflatten(-1, self.tokenizer.grid).unsqueeze(1)
+        maps = (self._blended(tokens) / self.map_mean).unflatten(-1, self.tokenizer.grid).unsqueeze(1)
         size = [self.image_size // _MAP_REDUCTION] * 2
         maps = F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
         maps = _blur(maps, sigma=size[0] / 32)  # 8 pixels of a 256-pixel image
@@ -196,6 +202,12 @@ class DPDiffAD(Detector):
         scores = flat.topk(max(1, flat.shape[1] // 100), dim=1).values.mean(1)
         maps = F.interpolate(maps, size=images.shape[-2:], mode="bilinear", align_corners=False)
         return Prediction(scores.float(), maps.squeeze(1).float())
+
+    def _blended(self, tokens: Tensor) -> Tensor:
+        """The anomaly map (B, N)."""
+        reconstruction, local = self._maps(tokens)
+        share = self.config["local_weight"]
+        return (1 - share) * reconstruction + share * local
 
     def _maps(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """1 - cosine similarity (B, N) of tokens to their reconstructions, and to the nearest local prototypes."""

@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from dpdiff.serialization import save
 CHECKPOINT = "last.ckpt"
 WEIGHTS = "model.safetensors"
 _FIT_BATCH = 32
+_CALIBRATION_BATCHES = 32
 _FIT_IMAGES = 8_000  # on which statistics and prototypes are computed
 
 
@@ -226,6 +228,8 @@ def train(
     if training.average is not None:
         model.denoiser.load_state_dict(training.average.module.state_dict())
     if trainer.is_global_zero:
+        some = islice(_some(features, "Calibrating", show), _CALIBRATION_BATCHES)
+        model.calibrate(model.encode(reduced) for reduced in some)
         save(model, out / WEIGHTS)
     return model
 

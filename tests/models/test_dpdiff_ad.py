@@ -14,8 +14,9 @@ from dpdiff.data import load_image
 def prepared(model, images):
     """With the statistics and the banks of these images, but untrained."""
     maps = model.backbone(images)
-    model.initialise(lambda: [maps], len(images), torch.Generator().manual_seed(0))
-    return model.eval()
+    model.eval().initialise(lambda: [maps], len(images), torch.Generator().manual_seed(0))
+    model.calibrate([model.encode(maps)])
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +140,14 @@ def test_ablations_leave_no_parameter_without_a_gradient(tiny, images, option):
     assert [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
 
 
+def test_calibration_makes_the_mean_of_normal_maps_the_unit(model, images):
+    tokens = model.tokenize(images)
+    assert model.map_mean.item() == pytest.approx(model._blended(tokens).mean().item(), rel=1e-4)
+    once = model.map_mean.clone()
+    model.calibrate([tokens[:5], tokens[5:]])  # batches of different sizes weigh by their images
+    torch.testing.assert_close(model.map_mean, once, rtol=1e-4, atol=0)
+
+
 def test_an_image_uses_the_groups_that_it_is_routed_to(tiny, images):
     """Other groups of local prototypes may hold anything; with route="all" every one counts."""
     for route, same in [(2, True), ("all", False)]:
@@ -182,7 +191,8 @@ def test_suggested_prototypes_follow_the_images():
 def test_local_weight_blends_the_two_maps(tiny, images):
     scores = {}
     for weight in (0.0, 0.5, 1.0):
-        scores[weight] = prepared(tiny(local_weight=weight), images).predict(images).maps
+        model = prepared(tiny(local_weight=weight), images)
+        scores[weight] = model.predict(images).maps * model.map_mean
     torch.testing.assert_close(scores[0.5], (scores[0.0] + scores[1.0]) / 2, rtol=1e-3, atol=1e-4)
     assert not torch.allclose(scores[0.0], scores[1.0], atol=1e-2)
 

@@ -63,7 +63,7 @@ def test_the_loss_falls(run, tmp_path):
 def test_only_what_is_learnt_changes(run, tiny):
     before, after = weights(tiny()), weights(run())
     changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
-    assert changed == {"tokenizer", "local_prototypes", "global_prototypes", "denoiser"}
+    assert changed == {"tokenizer", "local_prototypes", "global_prototypes", "denoiser", "map_mean"}
     assert all(torch.equal(before[name], after[name]) for name in before if name.startswith("backbone"))
 
 
