@@ -69,7 +69,8 @@ def data(tmp_path_factory) -> Path:
 def weights(tmp_path_factory, data, tiny) -> Path:
     """Four steps on `data` teach the denoiser nothing: maps are the local prototypes' alone."""
     out = tmp_path_factory.mktemp("trained")
-    assert main(["train", "--data", str(data), "--out", str(out), "--steps", "4", *tiny, "--set", "local_weight=1"]) == 0
+    options = ["--steps", "4", *tiny, "--set", "local_weight=1"]
+    assert main(["train", "--data", str(data), "--out", str(out), *options]) == 0
     return out / "model.safetensors"
 
 
