@@ -1,4 +1,4 @@
-"""Files that are either whole or not there."""
+"""Files that are either whole or not there, and where those go that can be made again."""
 
 from __future__ import annotations
 
@@ -32,3 +32,10 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     except BaseException:
         tmp.unlink(missing_ok=True)
         raise
+
+
+def user_cache() -> Path:
+    """`DPDIFF_CACHE`, else `dpdiff` in `XDG_CACHE_HOME`, else in `~/.cache`."""
+    if "DPDIFF_CACHE" in os.environ:
+        return Path(os.environ["DPDIFF_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dpdiff"

@@ -142,8 +142,8 @@ def evaluate(
     loader = DataLoader(Subset(dataset, order), batch_size=batch_size, num_workers=num_workers)
     seconds: list[float] = []
     categories = {}
-    with _progress_bar(progress) as bar:
-        outputs = bar.track(_predict(model, loader, seconds), total=len(order), description="Evaluating")
+    with progress_bar(progress) as bar:
+        outputs = bar.track(predictions(model, loader, seconds), total=len(order), description="Evaluating")
         for name, group in itertools.groupby(zip(order, outputs), key=lambda p: dataset.samples[p[0]].category):
             indices, predicted = zip(*group)
             try:
@@ -153,10 +153,13 @@ def evaluate(
     return Results(categories, sum(seconds))
 
 
-def _predict(
-    model: nn.Module, loader: DataLoader, seconds: list[float]
+def predictions(
+    model: nn.Module, loader: DataLoader, seconds: list[float] | None = None
 ) -> Iterator[tuple[Tensor, Tensor | None, Tensor | None]]:
-    """Score, map and mask of one image after the other, the last two None where there is none; times the model."""
+    """Score, map and mask of one image after the other, the last two None where there is none.
+
+    seconds: gets the time that each batch takes in the model.
+    """
     parameter = next(model.parameters(), None)
     device = "cpu" if parameter is None else parameter.device
     for batch in loader:
@@ -165,7 +168,8 @@ def _predict(
             out = model.predict(batch["image"].to(device))
         scores = out.scores.float().cpu()  # waits for the device
         maps = itertools.repeat(None) if out.maps is None else out.maps.float().cpu()
-        seconds.append(time.perf_counter() - start)
+        if seconds is not None:
+            seconds.append(time.perf_counter() - start)
         masks = (mask if known else None for mask, known in zip(batch["mask"], batch["has_mask"]))
         yield from zip(scores, maps, masks)
 
@@ -216,7 +220,7 @@ def _example(dataset: AnomalyDataset, index: int, score: Tensor, map: Tensor | N
     return Example(str(sample.image), sample.kind, sample.label, float(score), np.array(image), mask, map)
 
 
-def _progress_bar(wanted: bool) -> Progress:
+def progress_bar(wanted: bool) -> Progress:
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     return Progress(*columns, console=console, disable=not (wanted and console.is_terminal))

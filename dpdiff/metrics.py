@@ -16,10 +16,12 @@ from torchmetrics.functional.classification import (  # isort: skip
     binary_auroc,
     binary_average_precision,
     binary_precision_recall_curve,
+    binary_specificity_at_sensitivity,
 )
 
 IMAGE_FIGURES = ("image_auroc", "image_ap", "image_f1max")
 PIXEL_FIGURES = ("pixel_auroc", "pixel_ap", "pixel_f1max", "aupro")
+OOD_FIGURES = ("auroc", "aupr_in", "aupr_out", "fpr95")
 _EIGHT_NEIGHBOURS = np.ones((3, 3), dtype=int)
 
 
@@ -34,10 +36,7 @@ def image_metrics(scores: ArrayLike | torch.Tensor, labels: ArrayLike | torch.Te
     scores, labels = _checked(scores, labels, "scores", "labels")
     if labels.all() or not labels.any():
         return {}
-    # torchmetrics takes scores beyond [0, 1] for logits and squashes them, which merges large ones: rank them instead.
-    ranks = np.unique(scores, return_inverse=True)[1].reshape(-1)
-    predictions = torch.from_numpy(ranks / max(ranks.max(), 1))
-    target = torch.from_numpy(labels).long().reshape(-1)
+    predictions, target = _ranks(scores), torch.from_numpy(labels).long().reshape(-1)
     precision, recall, _ = binary_precision_recall_curve(predictions, target)
     f1 = 2 * precision * recall / (precision + recall).clamp(min=torch.finfo(precision.dtype).tiny)
     return {
@@ -45,6 +44,37 @@ def image_metrics(scores: ArrayLike | torch.Tensor, labels: ArrayLike | torch.Te
         "image_ap": float(binary_average_precision(predictions, target)),
         "image_f1max": float(f1.max()),
     }
+
+
+def ood_metrics(inside: ArrayLike | torch.Tensor, outside: ArrayLike | torch.Tensor) -> dict[str, float]:
+    """How well scores tell images out of distribution from those in it, from torchmetrics.
+
+    inside (N,), outside (M,): scores, larger is further out; only their order matters.
+
+    Returns ``auroc``; ``aupr_in`` and ``aupr_out``, average precision with the images in, or out of, distribution as
+    those to find (Hendrycks and Gimpel, ICLR 2017); ``fpr95``, the share of images out of distribution that pass where
+    at least 95 % of those in it do (Liang et al., ICLR 2018): of this alone smaller is better. Nothing where either is
+    empty. Raises ValueError for NaN.
+    """
+    inside, outside = _numpy(inside).reshape(-1), _numpy(outside).reshape(-1)
+    labels = np.repeat([False, True], [len(inside), len(outside)])
+    scores, labels = _checked(np.concatenate([inside, outside]), labels, "scores", "labels")
+    if not len(inside) or not len(outside):
+        return {}
+    outness, out = _ranks(scores), torch.from_numpy(labels).long()
+    passed, _ = binary_specificity_at_sensitivity(1 - outness, 1 - out, min_sensitivity=0.95)
+    return {
+        "auroc": float(binary_auroc(outness, out)),
+        "aupr_in": float(binary_average_precision(1 - outness, 1 - out)),
+        "aupr_out": float(binary_average_precision(outness, out)),
+        "fpr95": float(1 - passed),
+    }
+
+
+def _ranks(scores: np.ndarray) -> torch.Tensor:
+    """Ranks in [0, 1], ties alike: torchmetrics takes scores beyond it for logits and squashes large ones into one."""
+    ranks = np.unique(scores, return_inverse=True)[1].reshape(-1)
+    return torch.from_numpy(ranks / max(ranks.max(), 1))
 
 
 def pixel_metrics(

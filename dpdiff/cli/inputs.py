@@ -16,13 +16,16 @@ if TYPE_CHECKING:
 
     from dpdiff.data import Catalogue, Sample
 
+TORCHVISION_SETS = ("cifar10", "cifar100", "svhn", "mnist", "fashionmnist")
 OnCorrupt = Literal["raise", "skip"]
 
 Data = Annotated[
     str,
     typer.Option(
         metavar="FOLDER",
-        help="MVTec AD style, VisA, Real-IAD, or any folder of normal images; products:N[:SEED] renders N categories.",
+        help="MVTec AD style, VisA, Real-IAD, or any folder of normal images; products:N[:SEED] renders N categories, "
+        "products:A-B[:SEED] those from number A up to B; cifar10:ROOT, cifar100, svhn, mnist, fashionmnist: as "
+        "torchvision keeps them.",
     ),
 ]
 Weights = Annotated[Path, typer.Option(metavar="FILE", help="A model that train wrote, DIR/model.safetensors.")]
@@ -37,27 +40,39 @@ Workers = Annotated[
 Corrupt = Annotated[OnCorrupt, typer.Option(help="Unreadable images: refuse them, or name and skip them.")]
 
 
-def read_catalogue(data: str, need: Literal["train", "test"]) -> Catalogue:
-    """The data set that --data names, rendered if need be."""
+def read_catalogue(data: str, need: Literal["train", "test"] | None = None) -> Catalogue:
+    """The data set that --data names, rendered or unpacked if need be."""
     from dpdiff.data import scan
 
     return scan(data_folder(data), need=need)
 
 
-def is_products(data: str) -> bool:
-    return data.startswith("products:")
+def canonical(data: str) -> str:
+    """What --data names, wherever the command is run."""
+    kind, colon, place = data.partition(":")
+    if kind == "products" and colon:
+        return data
+    return f"{kind}:{os.path.abspath(place)}" if kind in TORCHVISION_SETS and colon else os.path.abspath(data)
 
 
 def data_folder(data: str) -> Path:
-    """The folder that --data names; that of products:N[:SEED] is rendered first unless it is there."""
-    if not is_products(data):
+    """The folder that --data names; one of products or of a torchvision set is made first unless it is there."""
+    kind, colon, place = data.partition(":")
+    if kind in TORCHVISION_SETS and colon:
+        from dpdiff.data.torchvision_sets import unpack
+
+        return unpack(kind, place)
+    if kind != "products" or not colon:
         return Path(data)
-    match = re.fullmatch(r"products:([0-9]+)(?::([0-9]+))?", data)
+    match = re.fullmatch(r"(?:([0-9]+)-)?([0-9]+)(?::([0-9]+))?", place)
     if not match:
-        raise ValueError(f"--data is {data!r}: expected a folder, products:N or products:N:SEED")
+        raise ValueError(f"--data is {data!r}: expected a folder, products:N[:SEED] or products:A-B[:SEED]")
     from dpdiff.data.products import Products
 
-    return Products(int(match[1]), int(match[2] or 0)).root
+    first, end, seed = (int(number or 0) for number in match.groups())
+    if match[1] and first >= end:
+        raise ValueError(f"--data is {data!r}: expected products:A-B with A below B")
+    return Products(end - first, seed, first=first).root
 
 
 def usable(samples: Sequence[Sample], on_corrupt: OnCorrupt) -> list[Sample]:

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from dpdiff._files import atomic_write
-from dpdiff.cli.inputs import Corrupt, Data, Workers, check_writable, is_products, read_catalogue, usable
+from dpdiff.cli.inputs import Corrupt, Data, Workers, canonical, check_writable, read_catalogue, usable
 from dpdiff.cli.model_options import ModelName, defaults, model_class, parse_settings
 
 RECORD = "options.json"  # of the run in a folder, lest another one go on from its checkpoint
@@ -83,7 +83,7 @@ def train(
     fit = {name: value for name, value in fit.items() if value is not None}
     samples = read_catalogue(data, need="train").train
     options = cls.suggest(len(samples)) | options
-    record = {"data": data if is_products(data) else os.path.abspath(data), "on_corrupt": on_corrupt, "model": model}
+    record = {"data": canonical(data), "on_corrupt": on_corrupt, "model": model}
     record |= defaults(cls) | options | defaults(training.train) | cls.TRAINING | fit
     record = {name: value for name, value in record.items() if name not in _UNRECORDED}
 

@@ -71,6 +71,15 @@ def test_categories_and_images_do_not_depend_on_how_many_there_are(tmp_path):
         assert len(other) == 5 + 4 + 2 * 6
 
 
+def test_a_range_of_categories(tmp_path):
+    first, rest = Products(1, root=tmp_path, **SMALL), Products(2, root=tmp_path, first=1, **SMALL)
+    assert first.categories + rest.categories == Products(3, root=tmp_path, **SMALL).categories
+    assert sorted(path.name for path in rest.root.iterdir()) == sorted(rest.categories)
+    assert Products(2, root=tmp_path, **SMALL).root != rest.root
+    with pytest.raises(ValueError, match="first must be at least 0, got -1"):
+        Products(2, root=tmp_path, first=-1, **SMALL)
+
+
 def test_rendered_once_and_shared_by_every_number_of_categories(tmp_path, monkeypatch):
     more = Products(4, root=tmp_path, **SMALL)
     monkeypatch.setattr(products, "render_category", None)

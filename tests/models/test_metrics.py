@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
-from dpdiff.metrics import image_metrics, pixel_metrics
+from dpdiff.metrics import OOD_FIGURES, image_metrics, ood_metrics, pixel_metrics
 
 # Few distinct values, so that ties abound within and between good and defective.
 TIED = st.integers(-3, 3).map(float)
@@ -111,6 +111,32 @@ def test_image_metrics_match_scikit_learn(drawn):
     assert figures["image_f1max"] == pytest.approx(f1.max(), abs=1e-6)
 
 
+@settings(deadline=None, max_examples=200)
+@given(*(st.lists(st.one_of(TIED, st.floats(-(2.0**100), 2.0**100, width=32)), max_size=30) for _ in range(2)))
+def test_ood_metrics_match_scikit_learn(inside, outside):
+    figures = ood_metrics(inside, outside)
+    if not inside or not outside:
+        assert figures == {}
+        return
+    scores, labels = np.array(inside + outside), np.repeat([0, 1], [len(inside), len(outside)])
+    # Where at least 95 % of those inside pass, as few outside as any threshold lets through.
+    allowed = [t for t in scores if np.mean(inside <= t) >= 0.95]
+    passed = min(np.mean(outside <= t) for t in allowed)
+    assert tuple(figures) == OOD_FIGURES
+    assert figures["auroc"] == pytest.approx(roc_auc_score(labels, scores), abs=1e-6)
+    assert figures["aupr_in"] == pytest.approx(average_precision_score(1 - labels, -scores), abs=1e-6)
+    assert figures["aupr_out"] == pytest.approx(average_precision_score(labels, scores), abs=1e-6)
+    assert figures["fpr95"] == pytest.approx(passed, abs=1e-6)
+
+
+def test_ood_metrics_by_hand():
+    """Twenty inside, the highest above two of the four outside: 19 of 20 pass below all four."""
+    inside, outside = [*range(19), 50], [40.0, 45.0, 60.0, 70.0]
+    figures = ood_metrics(inside, outside)
+    assert figures["auroc"] == pytest.approx(78 / 80) and figures["fpr95"] == 0
+    assert ood_metrics([*range(18), 50, 51], outside)["fpr95"] == pytest.approx(2 / 4)
+
+
 def test_large_scores_are_not_squashed():
     """As logits, 50 and 60 would both be 1 and the order between them lost."""
     assert image_metrics([-60.0, 50.0, 60.0, 70.0], [0, 0, 1, 1])["image_auroc"] == 1.0
@@ -145,6 +171,8 @@ def test_half_precision_tensors_are_taken():
 def test_wrong_input_is_refused():
     with pytest.raises(ValueError, match=r"scores hold NaN \(1 of 3 values\)"):
         image_metrics([0.0, float("nan"), 1.0], [0, 1, 1])
+    with pytest.raises(ValueError, match="scores hold NaN"):
+        ood_metrics([0.0, float("nan")], [1.0])
     with pytest.raises(ValueError, match="maps hold NaN"):
         pixel_metrics(np.full((1, 2, 2), np.nan), np.eye(2, dtype=bool)[None])
     with pytest.raises(ValueError, match=r"differ in shape: \(2,\) and \(3,\)"):

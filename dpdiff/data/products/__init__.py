@@ -16,6 +16,7 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from dpdiff._files import user_cache
 from dpdiff.data.products.category import Category
 
 _VERSION = 1  # of the pixels; those of another are not used
@@ -31,6 +32,7 @@ class Products:
     obvious, with an exact mask.
 
     Args:
+        first: the number of the first of the categories: those of 40 from 120 on are none of 120 from 0 on.
         seed: of everything: the same seed gives the same pixels on any machine. Category i of a seed is the same
             whatever ``n_categories`` is, and image j of a category however many there are.
         root: where to keep the images; by default ``products`` in the user's cache folder (``DPDIFF_CACHE``, else
@@ -53,6 +55,7 @@ class Products:
         seed: int = 0,
         root: str | os.PathLike | None = None,
         *,
+        first: int = 0,
         size: int = 256,
         n_train: int = 16,
         n_good: int = 8,
@@ -61,24 +64,24 @@ class Products:
         progress: bool = True,
     ):
         counts = {"n_train": n_train, "n_good": n_good, "n_defective": n_defective}
-        least = {"n_categories": (n_categories, 1), "seed": (seed, 0), "size": (size, 32)}
+        least = {"n_categories": (n_categories, 1), "first": (first, 0), "seed": (seed, 0), "size": (size, 32)}
         least |= {name: (count, 1) for name, count in counts.items()}
         for name, (value, low) in least.items():
             if value < low:
                 raise ValueError(f"{name} must be at least {low}, got {value}")
-        folder = Path(root) if root is not None else _user_cache() / "products"
+        folder = Path(root) if root is not None else user_cache() / "products"
         folder = folder / "-".join(map(str, (f"v{_VERSION}", f"seed{seed}", f"{size}px", *counts.values())))
         store = folder / "all"
         store.mkdir(parents=True, exist_ok=True)
         _remove_stale(store)
-        self.categories = [Category(seed, index).name for index in range(n_categories)]
+        self.categories = [Category(seed, index).name for index in range(first, first + n_categories)]
         jobs = [
             (seed, index, store / name, size, tuple(counts.values()))
-            for index, name in enumerate(self.categories)
+            for index, name in enumerate(self.categories, first)
             if not (store / name).is_dir()
         ]
         _render_all(jobs, min(len(jobs), workers or _processors()), progress)
-        self.root = folder / f"first-{n_categories}"
+        self.root = folder / (f"{first}-to-{first + n_categories}" if first else f"first-{n_categories}")
         _link(self.root, store, self.categories)
 
 
@@ -197,12 +200,6 @@ def _remove_stale(store: Path) -> None:
     for left in store.glob(".*"):
         if left.stat().st_mtime < time.time() - _STALE:
             shutil.rmtree(left, ignore_errors=True)
-
-
-def _user_cache() -> Path:
-    if "DPDIFF_CACHE" in os.environ:
-        return Path(os.environ["DPDIFF_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dpdiff"
 
 
 def _processors() -> int:

@@ -1,0 +1,107 @@
+"""Runs a detector over images in and out of distribution and says how well its scores tell them apart."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from rich import box
+from rich.table import Table
+from torch import nn
+from torch.utils.data import DataLoader
+
+from dpdiff._files import atomic_write
+from dpdiff.data import AnomalyDataset, Catalogue, Sample
+from dpdiff.evaluation import predictions, progress_bar
+from dpdiff.metrics import OOD_FIGURES, ood_metrics
+
+_HEADINGS = ("AUROC", "AUPR in", "AUPR out", "FPR95")
+
+
+@dataclass(frozen=True)
+class OODResults:
+    """scores: of every image, of the in-set (N,) and of each out-set (M,), larger is further out."""
+
+    inside: np.ndarray
+    outside: dict[str, np.ndarray]
+
+    @property
+    def figures(self) -> dict[str, dict[str, float]]:
+        """Of each out-set, those of `ood_metrics`."""
+        return {name: ood_metrics(self.inside, scores) for name, scores in self.outside.items()}
+
+    def to_dict(self) -> dict[str, dict]:
+        """``{"mean": {figure: value}, "out_sets": {name: {figure: value}}}``, all from 0 to 1; see `ood_metrics`."""
+        figures = self.figures
+        mean = {name: float(np.mean([f[name] for f in figures.values()])) for name in OOD_FIGURES}
+        return {"mean": mean, "out_sets": figures}
+
+    def save_json(self, path: str | os.PathLike) -> None:
+        """Write :meth:`to_dict` as JSON, whole or not at all."""
+        with atomic_write(path) as tmp:
+            tmp.write_text(json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+    def table(self) -> Table:
+        """The figures in percent, a row per out-set (n images) and their mean as the last."""
+        found = self.to_dict()
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        table.add_column("out of distribution", overflow="fold")
+        for heading in ("n", *_HEADINGS):
+            table.add_column(heading, justify="right", no_wrap=True)
+        for name, figures in found["out_sets"].items():
+            table.add_row(name, str(len(self.outside[name])), *(f"{100 * figures[key]:.2f}" for key in OOD_FIGURES))
+        table.add_section()
+        total = sum(map(len, self.outside.values()))
+        table.add_row("mean", str(total), *(f"{100 * found['mean'][key]:.2f}" for key in OOD_FIGURES), style="bold")
+        return table
+
+
+def normal_images(catalogue: Catalogue) -> list[Sample]:
+    """The images of a data set that show what it is about: good test images, or all where there is no test split."""
+    return [sample for sample in catalogue.test if sample.label == 0] or list(catalogue.train)
+
+
+def evaluate_ood(
+    model: nn.Module,
+    inside: Sequence[Sample],
+    outside: Mapping[str, Sequence[Sample]],
+    device: torch.device | str | None = None,
+    *,
+    batch_size: int = 16,
+    num_workers: int = 0,
+    progress: bool = True,
+) -> OODResults:
+    """Scores every image of the in-set and of the out-sets.
+
+    model: has ``predict(images)``, as for `dpdiff.evaluation.evaluate`, and `image_size`. inside: images like those of
+    training, but not of it. outside: name -> images. progress: show a bar where the output is a terminal.
+
+    Raises ValueError for a set without images and for scores with NaN, naming the set.
+    """
+    sets = {"in-distribution": inside, **{f"out-set {name!r}": samples for name, samples in outside.items()}}
+    for name, samples in sets.items():
+        if not samples:
+            raise ValueError(f"{name}: there are no images")
+    if not outside:
+        raise ValueError("outside is empty: expected at least one set")
+    if device is not None:
+        model = model.to(device)
+    model.eval()
+    scores = []
+    with progress_bar(progress) as bar:
+        task = bar.add_task("Evaluating", total=sum(map(len, sets.values())))
+        for name, samples in sets.items():
+            dataset = AnomalyDataset(samples, model.image_size)
+            loader = DataLoader(dataset, batch_size=batch_size, num_workers=num_workers)
+            found = []
+            for score, _, _ in predictions(model, loader):
+                found.append(float(score))
+                bar.advance(task)
+            scores.append(np.array(found, np.float32))
+            if np.isnan(scores[-1]).any():
+                raise ValueError(f"{name}: scores hold NaN ({np.isnan(scores[-1]).sum()} of {len(found)} values)")
+    return OODResults(scores[0], dict(zip(outside, scores[1:])))
