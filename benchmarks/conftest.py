@@ -1,13 +1,14 @@
 """What all benchmarks share: device, threads, how long and how they are timed, and what is kept of each.
 
-A benchmark is a pytest-benchmark test whose parameter `contender` is "dpdiff" or a rival's name and which is run by the
-fixture `measure`. Tests with the same group are one case, and their times are compared.
+A benchmark is a pytest-benchmark test with the decorator `contenders`, which ends in a call of the fixture `measure`.
+Tests with the same group are one case, and their times are compared.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import statistics
 import sys
 import time
 from collections.abc import Callable, Generator
@@ -21,10 +22,15 @@ ROOT = Path(__file__).parents[1]
 if str(ROOT) not in sys.path:
     sys.path.append(str(ROOT))  # last: an installed dpdiff keeps its place
 
+import dpdiff_kernels as dk  # noqa: E402
 from benchmarks import results  # noqa: E402
-from benchmarks.limits import Limits, measure_limits, synchronize  # noqa: E402
+from benchmarks.contenders import OURS, chosen_backend  # noqa: E402
+from benchmarks.limits import Limits, measure_limits  # noqa: E402
+from benchmarks.memory import peak_memory  # noqa: E402
+from benchmarks.timing import Call  # noqa: E402
 
 _RECORD = pytest.StashKey[results.Record]()
+_OURS = pytest.StashKey[tuple[Path, str, Call]]()  # the case that was timed last
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -49,6 +55,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     timer = _cuda_timer if config.getoption("device") == "cuda" else time.perf_counter
     for item in items:
         item.add_marker(pytest.mark.benchmark(timer=timer))
+    cases = {item: place for place, item in reversed(list(enumerate(map(_case_of, items))))}
+    items.sort(key=lambda item: cases[_case_of(item)])  # the contenders of a case one after the other, ours first
+
+
+def _case_of(item: pytest.Item) -> tuple:
+    parameters = dict(item.callspec.params) if hasattr(item, "callspec") else {}
+    parameters.pop("contender", None)
+    return (item.path, item.originalname, *parameters.items())
 
 
 def _cuda_timer() -> float:
@@ -99,8 +113,19 @@ def limits(request: pytest.FixtureRequest, device: str) -> Limits:
 
 
 @pytest.fixture
+def contender(request: pytest.FixtureRequest) -> Generator[str]:
+    """Who is timed; "dpdiff" for us on any backend, which is in use until the test ends."""
+    name, _, backend = request.param.partition(": ")
+    with dk.use_backend(backend) if backend else contextlib.nullcontext():
+        yield name
+
+
+@pytest.fixture
 def measure(benchmark, request: pytest.FixtureRequest, device: str) -> Callable[..., None]:
-    """`measure(group, run, flops=, bytes=, dtype=)` times `run()` and keeps its median.
+    """`measure(group, run, flops=, bytes=, dtype=)` times `run()` and keeps its median, and takes its peak memory.
+
+    After each round of a rival there is one of ours, so that the ratio between them is of the same minute, in which the
+    machine was as fast for both.
 
     Args:
         group: the case, a short text; the same for all contenders.
@@ -108,24 +133,37 @@ def measure(benchmark, request: pytest.FixtureRequest, device: str) -> Callable[
         bytes: operands read once and results written once. Both may be left out where they mean nothing.
         dtype: of the operands: which measured rate bounds the operations.
     """
-    contender = request.node.callspec.params["contender"]
-    record, budget = request.config.stash[_RECORD], request.config.getoption("budget")
+    name, config = request.node.callspec.params["contender"], request.config
 
     def run_and_record(
         group: str, run: Callable[[], object], *, flops: float = 0, bytes: float = 0, dtype: str = "float32"
     ) -> None:
         benchmark.group = group
-        for _ in range(2):  # the first call may compile
-            synchronize(device)
-            start = time.perf_counter()
-            run()
-            synchronize(device)
-            once = time.perf_counter() - start
-        iterations = max(1, round(1e-3 / once)) if device == "cpu" else max(1, round(1e-2 / once))
-        rounds = min(max(round(budget / (once * iterations)), 3), 100)
-        benchmark.pedantic(run, rounds=rounds, iterations=iterations)
-        operator = request.path.stem.removeprefix("bench_")
-        work = results.Work(flops, bytes, dtype)
-        record.measurements.append(results.Measurement(operator, group, contender, benchmark.stats.stats.median, work))
+        call = Call.warmed_up(run, device)
+        if name == OURS:
+            config.stash[_OURS] = (request.path, group, call)
+        ours = config.stash.get(_OURS, (None, None, call))
+        ours = None if name == OURS or ours[:2] != (request.path, group) else ours[2]
+        beside: list[float] = []
+
+        def time_ours() -> None:
+            with dk.use_backend(chosen_backend()):
+                beside.append(ours.seconds())
+
+        rounds = call.rounds(config.getoption("budget"))
+        teardown = None if ours is None else time_ours
+        benchmark.pedantic(run, rounds=rounds, iterations=call.iterations, teardown=teardown)
+        seconds = benchmark.stats.stats.median
+        config.stash[_RECORD].measurements.append(
+            results.Measurement(
+                operator=request.path.stem.removeprefix("bench_"),
+                case=group,
+                contender=name,
+                seconds=seconds,
+                ratio=seconds / statistics.median(beside) if beside else None,
+                memory=peak_memory(run, device),
+                work=results.Work(flops, bytes, dtype),
+            )
+        )
 
     return run_and_record

@@ -8,17 +8,16 @@ No operator that multiplies and reads as much as it must can take less time than
 from __future__ import annotations
 
 import argparse
-import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import torch
+
+from benchmarks.timing import best_time
 
 # float16 is not among what processors multiply fast; torch would take minutes.
 _DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("float32", "bfloat16", "float16")}
 _SIZES = {"cpu": (1024, 2048), "cuda": (4096, 8192)}  # of square matrices; the best counts
 _COPIED = {"cpu": 2**27, "cuda": 2**31}  # bytes, several times what any cache holds
-_SECONDS = 0.4  # spent on each
 
 
 @dataclass(frozen=True)
@@ -57,24 +56,6 @@ def _product_rate(dtype: torch.dtype, device: str) -> float:
         out = torch.empty_like(a)
         rates.append(2 * size**3 / best_time(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), device))
     return max(rates)
-
-
-def best_time(run: Callable, device: str, seconds: float = _SECONDS) -> float:
-    """Seconds of the fastest of as many calls as fit in `seconds`, at least three, after one to warm up."""
-    run()
-    times: list[float] = []
-    while len(times) < 3 or sum(times) < seconds:
-        synchronize(device)
-        start = time.perf_counter()
-        run()
-        synchronize(device)
-        times.append(time.perf_counter() - start)
-    return min(times)
-
-
-def synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
 
 
 def main() -> None:

@@ -21,10 +21,10 @@ from rich.console import Console
 from rich.table import Table
 
 import dpdiff_kernels as dk
+from benchmarks.contenders import OURS
 from benchmarks.limits import Limits
 from dpdiff._files import atomic_write
 
-OURS = "dpdiff"
 RIVALS = ("faiss-cpu", "flash-kmeans", "flash-sinkhorn", "geomloss", "POT", "pykeops", "scikit-learn", "triton")
 
 
@@ -39,12 +39,15 @@ class Work:
 
 @dataclass(frozen=True)
 class Measurement:
-    """seconds: the median of a contender's rounds. operator: of the file bench_<operator>.py."""
+    """operator: of the file bench_<operator>.py. seconds: the median of a contender's rounds. ratio: of a rival, its
+    seconds over ours in alternating rounds. memory: peak bytes of a call, see `peak_memory`."""
 
     operator: str
     case: str
     contender: str
     seconds: float
+    ratio: float | None
+    memory: int | None
     work: Work
 
 
@@ -58,19 +61,20 @@ class Record:
 
 
 def assemble(record: Record, limits: Limits, command: Sequence[str]) -> dict:
-    """The results as they are saved: `cases`, each with seconds by contender, and rivals' ratios (theirs / ours)."""
+    """The results as they are saved: `cases`, each with seconds, ratios (theirs / ours) and memory by contender."""
     cases: dict[tuple[str, str], dict] = {}
     for m in record.measurements:
-        case = cases.setdefault((m.operator, m.case), {"operator": m.operator, "case": m.case, "seconds": {}})
+        new = {"operator": m.operator, "case": m.case, "seconds": {}, "ratios": {}, "memory": {}}
+        case = cases.setdefault((m.operator, m.case), new)
         case["seconds"][m.contender] = m.seconds
+        if m.ratio is not None:
+            case["ratios"][m.contender] = m.ratio
+        if m.memory is not None:
+            case["memory"][m.contender] = m.memory
         if m.work.flops or m.work.bytes:
             case |= asdict(m.work) | {"floor": limits.floor(m.work.flops, m.work.bytes, m.work.dtype)}
-    for case in cases.values():
-        seconds = case["seconds"]
-        if OURS in seconds:
-            case["ratios"] = {name: s / seconds[OURS] for name, s in seconds.items() if name != OURS}
-            if "floor" in case:
-                case["share"] = case["floor"] / seconds[OURS]
+            if m.contender == OURS:
+                case["share"] = case["floor"] / m.seconds
     return {
         "date": now(),
         "command": " ".join(map(str, command)),
@@ -113,17 +117,19 @@ def load(path: str | os.PathLike) -> dict:
 
 
 def table(results: dict) -> str:
-    """Every case: times, how much faster than each rival we are, and the share of the machine's limit."""
+    """Every case: times, how much faster than each rival we are, peak memory, and the share of the machine's limit."""
     rows = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name, justify in (("case", "left"), ("contender", "left"), ("time", "right"), ("ratio", "right")):
         rows.add_column(name, justify=justify, overflow="fold")
+    rows.add_column("memory", justify="right")
     rows.add_column("of the limit", justify="right")
     for case in results["cases"]:
         for i, (contender, seconds) in enumerate(case["seconds"].items()):
-            ratio = case.get("ratios", {}).get(contender)
+            ratio, memory = (case[name].get(contender) for name in ("ratios", "memory"))
             share = f"{case['floor'] / seconds:.0%}" if "floor" in case else ""
             title = f"{case['operator']}: {case['case']}" if i == 0 else ""
-            rows.add_row(title, contender, milliseconds(seconds), "" if ratio is None else f"{ratio:.2f}", share)
+            ratio = "" if ratio is None else f"{ratio:.2f}"
+            rows.add_row(title, contender, milliseconds(seconds), ratio, megabytes(memory), share)
         rows.add_section()
     limits = results["limits"]
     rates = ", ".join(f"{name} {rate / 1e9:,.0f} GFLOP/s" for name, rate in limits["flops"].items())
@@ -142,6 +148,10 @@ def milliseconds(seconds: float) -> str:
     return f"{seconds * 1e3:,.{min(digits, 4)}f} ms"
 
 
+def megabytes(n_bytes: int | None) -> str:
+    return "" if n_bytes is None else f"{n_bytes / 1e6:,.{0 if n_bytes >= 1e7 else 1}f} MB"
+
+
 @dataclass(frozen=True)
 class Change:
     """A rival's ratio in two runs of one case; `now` is None where this run has none."""
@@ -157,11 +167,11 @@ class Change:
 
 def compare(results: dict, stored: dict) -> list[Change]:
     """Every ratio that `stored` has, beside the one of `results`."""
-    now = {(c["operator"], c["case"]): c.get("ratios", {}) for c in results["cases"]}
+    now = {(c["operator"], c["case"]): c["ratios"] for c in results["cases"]}
     return [
         Change(f"{c['operator']}: {c['case']}", rival, ratio, now.get((c["operator"], c["case"]), {}).get(rival))
         for c in stored["cases"]
-        for rival, ratio in c.get("ratios", {}).items()
+        for rival, ratio in c["ratios"].items()
     ]
 
 

@@ -22,7 +22,7 @@ import torch
 
 import dpdiff_kernels as dk
 from benchmarks import results
-from benchmarks.limits import best_time
+from benchmarks.timing import best_time
 from dpdiff import DPDiffAD, training
 from dpdiff.data import AnomalyDataset, scan
 from dpdiff.data.products import Products

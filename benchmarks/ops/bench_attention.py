@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import dpdiff_kernels as dk
+from benchmarks.contenders import contenders
 
 BATCH, HEADS, TOKENS, CHANNELS = 16, 12, 784, 64
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -68,7 +69,7 @@ def operands(device: str, dtype: str, *banks: int, gate: bool = False) -> list[T
 def check(attention: Callable, tensors: list[Tensor]) -> None:
     first = [t[:1].detach() if t.shape[0] == BATCH else t.detach() for t in tensors]
     with torch.no_grad():
-        wanted = dk.prototype_attention(*(t.double() for t in first))
+        wanted = dk.prototype_attention(*(t.double() for t in first), backend="reference")
         out = attention(*(t.detach() for t in tensors))[:1]
     tolerance = 1e-5 if tensors[0].dtype == torch.float32 else 2e-2
     torch.testing.assert_close(out.double(), wanted, rtol=tolerance, atol=tolerance)
@@ -99,7 +100,7 @@ def timed(attention: Callable, tensors: list[Tensor], backward: bool) -> Callabl
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("m", [256, 1024, 2560])
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward+backward"])
-@pytest.mark.parametrize("contender", ["dpdiff", *RIVALS])
+@contenders(*RIVALS)
 def test_one_bank(measure, device, contender, backward, m, dtype):
     run = timed(RIVALS.get(contender, dk.prototype_attention), operands(device, dtype, m), backward)
     group = f"{dtype}, M = {m:,}, {'forward + backward' if backward else 'forward'}"
@@ -107,7 +108,7 @@ def test_one_bank(measure, device, contender, backward, m, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("contender", ["dpdiff", *BLENDS])
+@contenders(*BLENDS)
 def test_two_banks(measure, device, contender, dtype):
     tensors = operands(device, dtype, 1024, 128, gate=True)
     run = timed(BLENDS.get(contender, dk.prototype_attention), tensors, backward=True)
@@ -116,7 +117,7 @@ def test_two_banks(measure, device, contender, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("contender", ["dpdiff", "32 prototypes"])
+@contenders("32 prototypes", plain=False)  # whose scores of 12,800 prototypes take gigabytes
 def test_routing(measure, device, contender, dtype):
     """4 of 1,600 groups of 8 for each image, beside as many prototypes when there are no others."""
     routes = {}

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import dpdiff_kernels as dk
+from benchmarks.contenders import contenders
 
 N, D = 12_544, 768
 COMPARED = 256  # tokens whose answer is checked
@@ -42,10 +43,21 @@ def by_faiss(tokens: Tensor, prototypes: Tensor, k: int) -> Callable:
     return lambda: torch.from_numpy(index.search(array, k)[1])
 
 
+def by_flash_kmeans(tokens: Tensor, prototypes: Tensor, k: int) -> Callable:
+    """Its assignment step alone, with the tokens' norms, which stay from one iteration to the next, computed before."""
+    if tokens.device.type != "cuda" or k > 1:
+        pytest.skip("flash-kmeans finds the nearest one on GPUs only")
+    assign = pytest.importorskip("flash_kmeans.assign_euclid_triton").euclid_assign_triton
+    norms = tokens.square().sum(-1)
+    return lambda: assign(tokens[None], prototypes[None], norms[None]).long()
+
+
 def searches(tokens: Tensor, prototypes: Tensor, k: int, contender: str) -> Callable[[], Tensor]:
     """What finds the indices (N, k) of the nearest."""
     if contender == "faiss":
         return by_faiss(tokens, prototypes, k)
+    if contender.startswith("flash-kmeans"):
+        return by_flash_kmeans(tokens, prototypes, k)
     by_cdist = lambda: torch.cdist(tokens, prototypes).topk(k, largest=False)[1]
     by_mm = lambda: torch.addmm(prototypes.square().sum(-1), tokens, prototypes.T, alpha=-2).topk(k, largest=False)[1]
     return {
@@ -56,23 +68,23 @@ def searches(tokens: Tensor, prototypes: Tensor, k: int, contender: str) -> Call
     }[contender]
 
 
-def check_nearest(indices: Tensor, tokens: Tensor, prototypes: Tensor, k: int) -> None:
-    """The distances of those found are the smallest there are, to float32 rounding."""
+def check_nearest(indices: Tensor, tokens: Tensor, prototypes: Tensor, k: int, rtol: float = 1e-5) -> None:
+    """The distances of those found are the smallest there are, by default to float32 rounding."""
     tokens, indices = tokens[:COMPARED].double(), indices.view(N, k)[:COMPARED].to(tokens.device)
     distances = torch.cdist(tokens, prototypes.double(), compute_mode="donot_use_mm_for_euclid_dist")
-    torch.testing.assert_close(distances.gather(1, indices), distances.topk(k, largest=False)[0], rtol=1e-5, atol=0)
+    torch.testing.assert_close(distances.gather(1, indices), distances.topk(k, largest=False)[0], rtol=rtol, atol=0)
 
 
-@pytest.mark.parametrize("contender", ["dpdiff", "faiss", "cdist", "mm", "compiled mm"])
+@contenders("faiss", "cdist", "mm", "compiled mm", "flash-kmeans (TF32)")
 @pytest.mark.parametrize(("n_prototypes", "k"), [(64, 1), (256, 1), (1024, 1), (4096, 1), (1024, 4)])
 def test_nearest_l2(measure, random, n_prototypes, k, contender):
     tokens, prototypes = random(N, D), random(n_prototypes, D, seed=1)
     run = searches(tokens, prototypes, k, contender)
-    check_nearest(run(), tokens, prototypes, k)
+    check_nearest(run(), tokens, prototypes, k, rtol=1e-3 if "TF32" in contender else 1e-5)
     measure(f"float32, l2, K = {n_prototypes}, k = {k}", run, **work(n_prototypes, k=k))
 
 
-@pytest.mark.parametrize("contender", ["dpdiff", "mm alone"])
+@contenders("mm alone")
 def test_nearest_bfloat16(measure, random, contender):
     tokens, prototypes = random(N, D, dtype=torch.bfloat16), random(1024, D, seed=1, dtype=torch.bfloat16)
     run = {
@@ -100,23 +112,23 @@ def blend(prototypes, scores, indices):
     return torch.einsum("nk,nkd->nd", torch.softmax(-scores, -1), prototypes[indices])
 
 
-def aggregate_by_dpdiff(tokens, prototypes, k):
-    return dk.aggregate_nearest(tokens, prototypes, k=k, metric="l2", temperature=1.0)[:2]
+def aggregate_by_dpdiff(tokens, prototypes, k, backend=None):
+    return dk.aggregate_nearest(tokens, prototypes, k=k, metric="l2", temperature=1.0, backend=backend)[:2]
 
 
-AGGREGATES = {"dpdiff": aggregate_by_dpdiff, "cdist": aggregate_by_cdist, "mm": aggregate_by_mm}
-AGGREGATES |= {f"compiled {name}": torch.compile(AGGREGATES[name], dynamic=False) for name in ("cdist", "mm")}
+AGGREGATES = {"cdist": aggregate_by_cdist, "mm": aggregate_by_mm}
+AGGREGATES |= {f"compiled {name}": torch.compile(run, dynamic=False) for name, run in AGGREGATES.items()}
 
 
-@pytest.mark.parametrize("contender", AGGREGATES)
+@contenders(*AGGREGATES)
 @pytest.mark.parametrize("k", [1, 4])
 def test_aggregate_forward_and_backward(measure, random, k, contender):
     tokens, prototypes = random(N, D).requires_grad_(), random(1024, D, seed=1).requires_grad_()
     grads = random(N, D, seed=2), random(N, k, seed=3)
-    aggregate = AGGREGATES[contender]
+    aggregate = AGGREGATES.get(contender, aggregate_by_dpdiff)
     values, scores = aggregate(tokens, prototypes, k)
     few = [t.detach()[:COMPARED].double() for t in (tokens, values, scores)]
-    wanted = aggregate_by_dpdiff(few[0], prototypes.detach().double(), k)
+    wanted = aggregate_by_dpdiff(few[0], prototypes.detach().double(), k, backend="reference")
     torch.testing.assert_close(few[1], wanted[0], rtol=1e-2, atol=1e-2)  # near ties weigh in
     torch.testing.assert_close(few[2], wanted[1], rtol=1e-4, atol=1e-4)
     run = lambda: torch.autograd.grad(aggregate(tokens, prototypes, k), (tokens, prototypes), grads)
@@ -125,7 +137,7 @@ def test_aggregate_forward_and_backward(measure, random, k, contender):
     measure(f"aggregate_nearest, forward + backward, k = {k}, K = 1024", run, **work(1024) | {"bytes": n_bytes})
 
 
-@pytest.mark.parametrize("contender", ["dpdiff", "nearest_prototype alone"])
+@contenders("nearest_prototype alone")
 @pytest.mark.parametrize("n_prototypes", [256, 1024])
 def test_statistics(measure, random, n_prototypes, contender):
     tokens, prototypes = random(N, D), random(n_prototypes, D, seed=1)
@@ -157,18 +169,28 @@ def lloyd_by_sklearn(tokens: Tensor, init: Tensor, n_iters: int) -> Callable:
     return lambda: cluster.KMeans(len(centroids), init=centroids, **options).fit(array)
 
 
-@pytest.mark.parametrize("contender", ["dpdiff", "scikit-learn", "faiss"])
+def lloyd_by_flash_kmeans(tokens: Tensor, init: Tensor, n_iters: int) -> Callable:
+    if tokens.device.type != "cuda":
+        pytest.skip("flash-kmeans runs on GPUs only")
+    kmeans = pytest.importorskip("flash_kmeans").batch_kmeans_Euclid
+    return lambda: kmeans(tokens[None], len(init), max_iters=n_iters, tol=-1.0, init_centroids=init[None])
+
+
+LLOYDS = {"scikit-learn": lloyd_by_sklearn, "faiss": lloyd_by_faiss, "flash-kmeans (TF32)": lloyd_by_flash_kmeans}
+
+
+@contenders(*LLOYDS)
 def test_ten_lloyd_iterations(measure, random, contender):
     tokens = random(N, D)
     init = tokens[:256].clone()
     if contender == "dpdiff":
         run = lambda: dk.kmeans(tokens, 256, n_iters=10, init=init)
     else:
-        run = {"scikit-learn": lloyd_by_sklearn, "faiss": lloyd_by_faiss}[contender](tokens, init, 10)
+        run = LLOYDS[contender](tokens, init, 10)
     measure("10 Lloyd iterations, K = 256", run, **{**work(256), "flops": 10 * work(256)["flops"]})
 
 
-@pytest.mark.parametrize("contender", ["dpdiff", "80 prototypes"])
+@contenders("80 prototypes")
 def test_routing(measure, random, contender):
     """Ten active groups of 8 of 1,600 for each of 16 images, beside as many when there are no others."""
     n_groups = 1600 if contender == "dpdiff" else 10
@@ -180,7 +202,7 @@ def test_routing(measure, random, contender):
     measure("10 active groups of 8, of 1,600 groups", run, **work(80))
 
 
-@pytest.mark.parametrize("contender", ["dpdiff", "l2"])
+@contenders("l2")
 @pytest.mark.parametrize("metric", ["cosine", "dot"])
 def test_metrics(measure, random, metric, contender):
     tokens, prototypes = F.normalize(random(N, D), dim=-1), F.normalize(random(1024, D, seed=1), dim=-1)

@@ -12,7 +12,8 @@ LIMITS = Limits({"float32": 1e11, "bfloat16": 4e11}, 2e10, "cpu", 1)
 def run(ours: float, rival: float) -> dict:
     work = Work(2e9, 1e6, "float32")
     measurements = [
-        Measurement("nearest", "K = 4", name, seconds, work) for name, seconds in (("dpdiff", ours), ("faiss", rival))
+        Measurement("nearest", "K = 4", "dpdiff", ours, None, 2_000_000, work),
+        Measurement("nearest", "K = 4", "faiss", rival, rival / ours, None, work),
     ]
     return results.assemble(Record(measurements, {"keops": "not installed"}, LIMITS), LIMITS, ["pytest", "x"])
 
@@ -20,6 +21,7 @@ def run(ours: float, rival: float) -> dict:
 def test_ratio_floor_and_share():
     (case,) = run(0.04, 0.1)["cases"]
     assert case["ratios"] == {"faiss": pytest.approx(2.5)}
+    assert case["memory"] == {"dpdiff": 2_000_000}
     assert case["floor"] == pytest.approx(0.02)  # 2 GFLOP at 100 GFLOP/s
     assert case["share"] == pytest.approx(0.5)
 
@@ -39,7 +41,7 @@ def test_saved_results_are_read_back(tmp_path):
 
 def test_the_table_names_contenders_limits_and_what_was_skipped():
     text = results.table(run(0.04, 0.1))
-    for part in ("nearest: K = 4", "faiss", "2.50", "40.0 ms", "50%", "100 GFLOP/s", "keops: not installed"):
+    for part in ("nearest: K = 4", "faiss", "2.50", "40.0 ms", "2.0 MB", "50%", "100 GFLOP/s", "keops: not installed"):
         assert part in text
 
 

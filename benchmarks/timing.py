@@ -1,0 +1,64 @@
+"""Calls, timed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+
+_RESOLVED = {"cpu": 1e-3, "cuda": 1e-2}  # seconds that a round lasts at least
+_SLOW = 5.0  # seconds of a call from which on one round has to do
+
+
+@dataclass(frozen=True)
+class Call:
+    """`run`, which takes about `once` seconds, and how often it is called in a round so that a clock resolves it."""
+
+    run: Callable[[], object]
+    device: str
+    once: float
+    iterations: int
+
+    @classmethod
+    def warmed_up(cls, run: Callable[[], object], device: str) -> Self:
+        for _ in range(2):  # the first call may compile
+            synchronize(device)
+            start = time.perf_counter()
+            run()
+            synchronize(device)
+            once = time.perf_counter() - start
+            if once > _SLOW:
+                break
+        return cls(run, device, once, max(1, round(_RESOLVED[device] / once)))
+
+    def rounds(self, budget: float) -> int:
+        """How many fit in so many seconds: from 3 to 100, or one where a call alone takes seconds."""
+        if self.once > _SLOW:
+            return 1
+        return min(max(round(budget / (self.once * self.iterations)), 3), 100)
+
+    def seconds(self) -> float:
+        """Of a call, by a round."""
+        synchronize(self.device)
+        start = time.perf_counter()
+        for _ in range(self.iterations):
+            self.run()
+        synchronize(self.device)
+        return (time.perf_counter() - start) / self.iterations
+
+
+def best_time(run: Callable, device: str, seconds: float = 0.4) -> float:
+    """Seconds of the fastest of as many calls as fit in `seconds`, at least three, after one to warm up."""
+    run()
+    call, times = Call(run, device, 0.0, 1), []
+    while len(times) < 3 or sum(times) < seconds:
+        times.append(call.seconds())
+    return min(times)
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()

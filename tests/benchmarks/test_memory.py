@@ -1,0 +1,34 @@
+"""Peak memory of a call: of any library, in the middle of the call, and not hidden by what was freed before."""
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.memory import peak_memory
+
+SIZE = 96 << 20  # bytes
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="read from Linux' /proc")
+
+
+def temporary() -> torch.Tensor:
+    return torch.ones(SIZE // 4).sum()
+
+
+@pytest.mark.parametrize("run", [temporary, lambda: np.ones(SIZE // 8).sum(), lambda: bytearray(SIZE)])
+def test_what_is_held_for_a_moment_counts(run):
+    for _ in range(2):
+        assert peak_memory(run, "cpu") == pytest.approx(SIZE, rel=0.1)
+
+
+def test_what_is_held_before_does_not_count():
+    held = torch.ones(SIZE // 4)
+    assert peak_memory(lambda: held.add_(1), "cpu") < SIZE / 10
+
+
+def test_many_small_blocks_freed_before_do_not_hide_a_peak():
+    blocks = [torch.ones(1024) for _ in range(SIZE // 4096)]
+    del blocks
+    assert peak_memory(temporary, "cpu") == pytest.approx(SIZE, rel=0.1)
