@@ -49,6 +49,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("device") == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("--device cuda: torch sees no CUDA device")
     config.stash[_RECORD] = results.Record()
+    config.addinivalue_line("markers", "yardstick: a contender that doesn't solve the case's problem")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -122,7 +123,7 @@ def contender(request: pytest.FixtureRequest) -> Generator[str]:
 
 @pytest.fixture
 def measure(benchmark, request: pytest.FixtureRequest, device: str) -> Callable[..., None]:
-    """`measure(group, run, flops=, bytes=, dtype=)` times `run()` and keeps its median, and takes its peak memory.
+    """`measure(group, run, flops=, bytes=, dtype=, sweep=)` times `run()`, keeps the median, and takes its peak memory.
 
     After each round of a rival there is one of ours, so that the ratio between them is of the same minute, in which the
     machine was as fast for both.
@@ -132,11 +133,18 @@ def measure(benchmark, request: pytest.FixtureRequest, device: str) -> Callable[
         flops: operations (two per multiply-add) of the matrix products that any implementation has to do, and
         bytes: operands read once and results written once. Both may be left out where they mean nothing.
         dtype: of the operands: which measured rate bounds the operations.
+        sweep: the line, the axis and the place on it, of a case that is one of several with a growing size.
     """
     name, config = request.node.callspec.params["contender"], request.config
 
     def run_and_record(
-        group: str, run: Callable[[], object], *, flops: float = 0, bytes: float = 0, dtype: str = "float32"
+        group: str,
+        run: Callable[[], object],
+        *,
+        flops: float = 0,
+        bytes: float = 0,
+        dtype: str = "float32",
+        sweep: tuple[str, str, int] | None = None,
     ) -> None:
         benchmark.group = group
         call = Call.warmed_up(run, device)
@@ -163,6 +171,8 @@ def measure(benchmark, request: pytest.FixtureRequest, device: str) -> Callable[
                 ratio=seconds / statistics.median(beside) if beside else None,
                 memory=peak_memory(run, device),
                 work=results.Work(flops, bytes, dtype),
+                yardstick=request.node.get_closest_marker("yardstick") is not None,
+                sweep=sweep,
             )
         )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 
 import pytest
@@ -15,14 +15,16 @@ PLAIN = f"{OURS}: reference"  # the name after the colon is a backend's
 _COMPILE_SECONDS = 120
 
 
-def contenders(*rivals: str, plain: bool = True) -> Callable:
-    """Decorator: the fixture `contender` becomes each of us and the rivals in turn.
+def contenders(*rivals: str, yardsticks: Sequence[str] = (), plain: bool = True) -> Callable:
+    """Decorator: the fixture `contender` becomes each of us, the rivals and the yardsticks in turn.
 
     It is "dpdiff" on both of our backends. plain=False leaves the reference out, where it would take the memory or the
-    minutes that the fused operators are there to spare.
+    minutes that the fused operators are there to spare. Yardsticks do not solve the case's problem: they are a part of
+    it, or another, which tells what the case may cost.
     """
     ours = [OURS, PLAIN] if plain else [OURS]
-    return pytest.mark.parametrize("contender", [*ours, *rivals], indirect=True)
+    marked = [pytest.param(name, marks=pytest.mark.yardstick) for name in yardsticks]
+    return pytest.mark.parametrize("contender", [*ours, *rivals, *marked], indirect=True)
 
 
 def chosen_backend() -> str:

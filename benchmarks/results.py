@@ -40,7 +40,8 @@ class Work:
 @dataclass(frozen=True)
 class Measurement:
     """operator: of the file bench_<operator>.py. seconds: the median of a contender's rounds. ratio: of a rival, its
-    seconds over ours in alternating rounds. memory: peak bytes of a call, see `peak_memory`."""
+    seconds over ours in alternating rounds. memory: peak bytes of a call, see `peak_memory`. yardstick and sweep: see
+    `contenders` and the fixture `measure`."""
 
     operator: str
     case: str
@@ -49,6 +50,8 @@ class Measurement:
     ratio: float | None
     memory: int | None
     work: Work
+    yardstick: bool = False
+    sweep: tuple[str, str, int] | None = None
 
 
 @dataclass
@@ -64,13 +67,17 @@ def assemble(record: Record, limits: Limits, command: Sequence[str]) -> dict:
     """The results as they are saved: `cases`, each with seconds, ratios (theirs / ours) and memory by contender."""
     cases: dict[tuple[str, str], dict] = {}
     for m in record.measurements:
-        new = {"operator": m.operator, "case": m.case, "seconds": {}, "ratios": {}, "memory": {}}
+        new = {"operator": m.operator, "case": m.case, "seconds": {}, "ratios": {}, "memory": {}, "yardsticks": []}
         case = cases.setdefault((m.operator, m.case), new)
         case["seconds"][m.contender] = m.seconds
         if m.ratio is not None:
             case["ratios"][m.contender] = m.ratio
         if m.memory is not None:
             case["memory"][m.contender] = m.memory
+        if m.yardstick:
+            case["yardsticks"].append(m.contender)
+        if m.sweep is not None:
+            case["sweep"] = list(m.sweep)
         if m.work.flops or m.work.bytes:
             case |= asdict(m.work) | {"floor": limits.floor(m.work.flops, m.work.bytes, m.work.dtype)}
             if m.contender == OURS:
@@ -90,14 +97,25 @@ def now() -> str:
 
 
 def machine() -> dict[str, str]:
-    """`show_config` as a dictionary, with the versions of the rivals that are installed."""
+    """`show_config` as a dictionary, with the processor's caches and the versions of the rivals that are installed."""
     with contextlib.redirect_stdout(io.StringIO()):
         lines = dk.show_config().splitlines()
     found = dict(line.split("  ", 1) for line in lines)
+    found["caches"] = _caches()
     for name in RIVALS:
         with contextlib.suppress(PackageNotFoundError):
             found[name] = version(name)
     return {name.strip(): value.strip() for name, value in found.items()}
+
+
+def _caches() -> str:
+    """Of the first core, "L1 32K, L2 1024K, L3 32768K", where Linux tells."""
+    found = []
+    for folder in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
+        with contextlib.suppress(OSError):
+            kind, level, size = ((folder / name).read_text().strip() for name in ("type", "level", "size"))
+            found += [f"L{level} {size}"] if kind != "Instruction" else []
+    return ", ".join(found) or "unknown"
 
 
 def save(results: dict, path: str | os.PathLike) -> None:
@@ -106,7 +124,19 @@ def save(results: dict, path: str | os.PathLike) -> None:
 
 
 def load(path: str | os.PathLike) -> dict:
-    """Raises FileNotFoundError, and ValueError for what `save` didn't write."""
+    """The results of a file, or of all files of a folder, as of the last of them, with the cases of all.
+
+    Raises FileNotFoundError, and ValueError for what `save` didn't write.
+    """
+    if Path(path).is_dir():
+        paths = sorted(Path(path).glob("*.json"))
+        files = [load(file) for file in paths if '"study"' not in file.read_text(encoding="utf-8")[:100]]
+        if not files:
+            raise FileNotFoundError(f"{path} holds no .json file of benchmarks")
+        return files[-1] | {
+            "cases": [case for found in files for case in found["cases"]],
+            "skipped": {name: reason for found in files for name, reason in found["skipped"].items()},
+        }
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError:

@@ -31,6 +31,8 @@ from dpdiff.evaluation import evaluate
 CATEGORIES = (10, 20, 40, 80, 160, 320, 1600)
 MODELS = {"dpdiff": "auto", "reference operators": "reference", "unified k-NN": None}
 FIGURES = ("image_auroc", "pixel_auroc", "aupro")
+QUANTITIES = {"training": "training, images/s", "inference": "inference, images/s", "peak_memory": "peak memory, GiB"}
+QUANTITIES |= {name: name.replace("_", " ") for name in FIGURES}
 _BATCH = 16
 
 
@@ -108,29 +110,30 @@ def describe(row: dict) -> str:
     return f"{row['categories']:>5} categories, {row['model']}: {rates}, {row['peak_memory'] / 2**30:.2f} GiB{figures}"
 
 
+def shown(row: dict, name: str) -> str:
+    """A quantity of a row as text, empty where it wasn't measured."""
+    if name not in row:
+        return ""
+    return f"{row[name] / 2**30:.2f}" if name == "peak_memory" else f"{row[name]:.{3 if name in FIGURES else 1}f}"
+
+
 def plot(found: dict, stem: str) -> None:
     """Writes stem.png and stem.svg: a panel per quantity, a line per model."""
-    import matplotlib
+    from benchmarks.plots import plt, save
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    names = [n for n in ("training", "inference", "peak_memory", *FIGURES) if any(n in r for r in found["rows"])]
+    names = [name for name in QUANTITIES if any(name in row for row in found["rows"])]
     figure, axes = plt.subplots(1, len(names), figsize=(3.6 * len(names), 3.4), layout="constrained", squeeze=False)
-    titles = {"training": "training, images/s", "inference": "inference, images/s", "peak_memory": "peak memory, GiB"}
     for axis, name in zip(axes[0], names):
         for model in dict.fromkeys(row["model"] for row in found["rows"]):
             rows = [row for row in found["rows"] if row["model"] == model and name in row]
             scale = 2**30 if name == "peak_memory" else 1
             axis.plot([r["categories"] for r in rows], [r[name] / scale for r in rows], marker="o", label=model)
-        axis.set(title=titles.get(name, name.replace("_", " ")), xlabel="categories", xscale="log")
+        axis.set(title=QUANTITIES[name], xlabel="categories", xscale="log")
         if name not in FIGURES:
             axis.set_ylim(bottom=0)
     axes[0][0].legend()
     figure.suptitle(f"{found['machine']['processor']}, {found['date'][:10]}")
-    for suffix in ("png", "svg"):
-        figure.savefig(f"{stem}.{suffix}", dpi=150)
-    plt.close(figure)
+    save(figure, Path(stem))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -18,7 +19,7 @@ bench = typer.Typer(rich_markup_mode="markdown", no_args_is_help=True)
 Kind = Literal["cpu", "cuda"]
 Device = Annotated[Kind, typer.Option(help="Where operands lie.")]
 Json = Annotated[Path | None, typer.Option(metavar="FILE", help="Write the results there.")]
-Compare = Annotated[Path | None, typer.Option(metavar="FILE", help="Results of --json, whose ratios are to hold.")]
+Compare = Annotated[Path | None, typer.Option(metavar="FILE|DIR", help="Results of --json whose ratios are to hold.")]
 Threshold = Annotated[float, typer.Option(metavar="X", min=0, max=1, help="Loss of a ratio that --compare accepts.")]
 Only = Annotated[str | None, typer.Option(metavar="EXPR", help="Which benchmarks, as for pytest -k.")]
 Threads = Annotated[int | None, typer.Option(metavar="N", min=1, help="Of the processor; all by default.")]
@@ -128,6 +129,9 @@ def _run(
         if not file.exists():
             raise ValueError(f"every benchmark of {suite} that was asked for was skipped, see above")
         found = results.load(file)
+    shown = ["dpdiff", "bench", suite, "--device", device, "--budget", f"{budget:g}"]
+    shown += [] if only is None else ["--only", only]
+    found["command"] = shlex.join([*shown, *([] if threads is None else ["--threads", str(threads)])])
     if json is not None:
         results.save(found, json)
         print(f"Results: {json}")

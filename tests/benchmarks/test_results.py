@@ -55,3 +55,16 @@ def test_a_ratio_counts_and_not_the_time(ours, rival, regressed):
 def test_a_case_that_was_not_run_is_listed_and_does_not_count():
     (change,) = results.compare({"cases": []}, run(1, 4))
     assert change.now is None and not change.regressed(0.0)
+
+
+def test_a_folder_of_results_has_the_cases_of_all(tmp_path):
+    results.save(run(1, 2), tmp_path / "a.json")
+    other = run(1, 3)
+    other["cases"][0]["operator"] = "attention"
+    results.save(other, tmp_path / "b.json")
+    found = results.load(tmp_path)
+    assert [case["operator"] for case in found["cases"]] == ["nearest", "attention"]
+    assert found["skipped"] == {"keops": "not installed"}
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"no \.json file"):
+        results.load(tmp_path / "empty")
