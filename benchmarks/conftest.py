@@ -117,6 +117,8 @@ def limits(request: pytest.FixtureRequest, device: str) -> Limits:
 def contender(request: pytest.FixtureRequest) -> Generator[str]:
     """Who is timed; "dpdiff" for us on any backend, which is in use until the test ends."""
     name, _, backend = request.param.partition(": ")
+    if backend and not dk.backends()[backend]:
+        pytest.skip(dk.backends()[backend].reason)
     with dk.use_backend(backend) if backend else contextlib.nullcontext():
         yield name
 

@@ -1,4 +1,4 @@
-"""Who is timed in a benchmark: we, on the implementation that is chosen by itself and on plain PyTorch, and rivals."""
+"""Who is timed in a benchmark: we, on the implementation that is chosen by itself and on others, and rivals."""
 
 from __future__ import annotations
 
@@ -11,18 +11,17 @@ from functools import cache
 import pytest
 
 OURS = "dpdiff"
-PLAIN = f"{OURS}: reference"  # the name after the colon is a backend's
 _COMPILE_SECONDS = 120
 
 
-def contenders(*rivals: str, yardsticks: Sequence[str] = (), plain: bool = True) -> Callable:
+def contenders(*rivals: str, yardsticks: Sequence[str] = (), backends: Sequence[str] = ("reference",)) -> Callable:
     """Decorator: the fixture `contender` becomes each of us, the rivals and the yardsticks in turn.
 
-    It is "dpdiff" on both of our backends. plain=False leaves the reference out, where it would take the memory or the
-    minutes that the fused operators are there to spare. Yardsticks do not solve the case's problem: they are a part of
-    it, or another, which tells what the case may cost.
+    It is "dpdiff" on each of our backends: the one that is chosen by itself, and `backends`. The reference is left out
+    of these where it takes the memory or the minutes that the fused operators are there to spare. Yardsticks do not
+    solve the case's problem: they are a part of it, or another, which tells what the case may cost.
     """
-    ours = [OURS, PLAIN] if plain else [OURS]
+    ours = [OURS, *(f"{OURS}: {backend}" for backend in backends)]
     marked = [pytest.param(name, marks=pytest.mark.yardstick) for name in yardsticks]
     return pytest.mark.parametrize("contender", [*ours, *rivals, *marked], indirect=True)
 

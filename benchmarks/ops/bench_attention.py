@@ -117,7 +117,7 @@ def test_two_banks(measure, device, contender, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@contenders(yardsticks=["32 prototypes"], plain=False)  # whose scores of 12,800 prototypes take gigabytes
+@contenders(yardsticks=["32 prototypes"], backends=())  # whose scores of 12,800 prototypes take gigabytes
 def test_routing(measure, device, contender, dtype):
     """4 of 1,600 groups of 8 for each image, beside as many prototypes when there are no others."""
     routes = {}

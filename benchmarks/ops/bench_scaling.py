@@ -78,7 +78,7 @@ def threads(growing) -> Generator[None]:
     torch.set_num_threads(before)
 
 
-@contenders("PyTorch", plain=False)
+@contenders("PyTorch", backends=())
 @pytest.mark.parametrize("growing", GROWING, ids=lambda growing: f"{growing[1]} {growing[0]}")
 @pytest.mark.parametrize("operator", [nearest, attention, sinkhorn], ids=lambda operator: operator.__name__)
 def test_growing(measure, device, operator, growing, threads, contender):

@@ -130,7 +130,7 @@ TORCH_LOOPS = ["batched products", "mv pairs", "compiled products", "compiled su
 # ------------------------------------------------------------------------------------------- from costs
 
 
-@contenders("ot.batch log", "ot.batch", *TORCH_LOOPS)
+@contenders("ot.batch log", "ot.batch", *TORCH_LOOPS, backends=("cuda", "reference"))
 @pytest.mark.parametrize("shape", [(32, 784, 128), (512, 32, 32)], ids=["784x128", "32x32"])
 def test_many_problems(measure, uniform, shape, contender):
     cost, solve = uniform(*shape), batched(contender)
@@ -139,7 +139,7 @@ def test_many_problems(measure, uniform, shape, contender):
     measure(group, lambda: solve(cost, 0.05, 50), **work(*shape))
 
 
-@contenders("ot.batch log", "log loop", "compiled log loop")
+@contenders("ot.batch log", "log loop", "compiled log loop", backends=("cuda", "reference"))
 def test_small_eps(measure, uniform, contender):
     cost, solve = uniform(32, 784, 128), batched(contender)
     check(solve(cost, 1e-3, 50), cost, 1e-3, 50)
@@ -156,7 +156,7 @@ def numpy_loop(cost: np.ndarray, eps: float, n_iters: int) -> np.ndarray:
 
 
 @pytest.mark.filterwarnings("ignore:Sinkhorn did not converge")
-@contenders("numpy", "mv pairs", "ot.sinkhorn", "ot.sinkhorn log")
+@contenders("numpy", "mv pairs", "ot.sinkhorn", "ot.sinkhorn log", backends=("cuda", "reference"))
 def test_one_large_problem(measure, uniform, contender):
     cost = uniform(1, 4096, 4096)
     if contender == "numpy" and cost.is_cuda:
@@ -274,7 +274,7 @@ POINTS = {
 }
 
 
-@contenders(*POINTS, yardsticks=["dpdiff cosine"], plain=False)  # which is in float64
+@contenders(*POINTS, yardsticks=["dpdiff cosine"], backends=())  # which is in float64
 @pytest.mark.parametrize("n", [1_000, 10_000])
 def test_points(measure, uniform, device, n, contender):
     if contender in ("KeOps", "geomloss") and device == "cpu" and n > 1_000:

@@ -28,7 +28,7 @@ def test_sleep(measure, contender, seconds):
     run = lambda: time.sleep(seconds * (2 if contender == "twice as slow" else 1))
     measure(f"{seconds} s", run, flops=1e6)
 
-@contenders(plain=False)
+@contenders(backends=())
 def test_memory(measure, contender):
     measure("memory", lambda: torch.ones(16 << 20))
 
