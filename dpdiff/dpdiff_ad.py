@@ -9,6 +9,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
 from dpdiff.backbones import DEFAULT_BACKBONE, Backbone
+from dpdiff.calibration import NormalErrors
 from dpdiff.denoiser import Denoiser
 from dpdiff.detector import Detector, Prediction, check_images
 from dpdiff.diffusion import Diffusion
@@ -53,16 +54,18 @@ class DPDiffAD(Detector):
             nearly everything, and copying them, defects included, is all that there is to learn.
         timestep: to which inference noises the tokens; n_steps: DDIM steps back from there; n_samples: noise samples
             over which the map is averaged.
-        local_weight: share of the distance to the local prototypes in the anomaly map, from 0 to 1.
+        local_weight: share of the distance to the local prototypes in the anomaly map, from 0 to 1; the rest is the
+            reconstruction's. Both are in deviations of normal images (`NormalErrors`), and so are maps and scores.
         ot_weight: of the transport losses beside the reconstruction's.
-        condition, prototype_attention: False leaves out the local condition, or the attention to both banks.
+        condition, prototype_attention, diffusion: False leaves out the local condition, the attention to both banks, or
+            the noise, and tokens are reconstructed from themselves.
 
     Raises:
         ValueError: an argument out of its range; unknown backbone or weights that don't fit it.
         OSError: pretrained weights can't be had.
     """
 
-    TRAINING: ClassVar = {"max_steps": 1_200, "batch_size": 16, "lr": 1e-3, "weight_decay": 1e-4}
+    TRAINING: ClassVar = {"max_steps": 600, "batch_size": 16, "lr": 1e-3, "weight_decay": 1e-4}
 
     def __init__(
         self,
@@ -76,7 +79,7 @@ class DPDiffAD(Detector):
         neighbourhood: int = 1,
         patch_size: int | None = None,
         n_global: int = 64,
-        n_local: int = 64,
+        n_local: int = 256,
         route: int | str = 4,
         k: int = 3,
         temperature: float = 0.1,
@@ -88,10 +91,11 @@ class DPDiffAD(Detector):
         timestep: int = 600,
         n_steps: int = 1,
         n_samples: int = 1,
-        local_weight: float = 0.25,
+        local_weight: float = 0.5,
         ot_weight: float = 0.1,
         condition: bool = True,
         prototype_attention: bool = True,
+        diffusion: bool = True,
     ) -> None:
         super().__init__()
         arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
@@ -108,12 +112,11 @@ class DPDiffAD(Detector):
         self.local_prototypes = LocalPrototypes(n_global, n_local, token_dim, k, temperature)
         options = {"condition": condition, "prototype_attention": prototype_attention}
         self.denoiser = Denoiser(token_dim, self.tokenizer.grid, patch_size, dim, depth, num_heads, **options)
-        self.diffusion = Diffusion(n_timesteps)
+        self.diffusion = Diffusion(n_timesteps) if diffusion else Diffusion(n_timesteps, "linear", betas=(0.0, 0.0))
         # The same noise for every image: a score depends on the image alone, not on its batch or on a seed.
         noise = torch.randn(n_samples, n_tokens, token_dim, generator=torch.Generator().manual_seed(0))
         self.register_buffer("noise", noise, persistent=False)
-        # Of anomaly maps of normal images: the unit of maps and scores.
-        self.register_buffer("map_mean", torch.ones(()))
+        self.normal_errors = NormalErrors(2, n_global * n_local)
 
     @classmethod
     def suggest(cls, n_images: int) -> dict[str, Any]:
@@ -169,7 +172,7 @@ class DPDiffAD(Detector):
         timesteps = draws.integers(config["min_timestep"], self.diffusion.n_timesteps)
         noisy = self.diffusion.add_noise(tokens, draws.normal(*tokens.shape[1:]), timesteps)
         active_groups = self._route(tokens)
-        condition, _ = self.local_prototypes(tokens, active_groups)
+        condition, _, _ = self.local_prototypes(tokens, active_groups)
         reconstruction = self.denoiser(noisy, timesteps, condition, self._banks(active_groups)).float()
         cosine = self.tokenizer.cosine_distances(tokens, reconstruction).mean()
         mse = F.mse_loss(reconstruction, tokens)
@@ -179,9 +182,8 @@ class DPDiffAD(Detector):
 
     @torch.no_grad()
     def calibrate(self, batches: Iterable[Tensor]) -> None:
-        """Makes the mean of the anomaly maps of normal images, of tokens (B, N, D), the unit of maps and scores."""
-        means = torch.cat([self._blended(tokens).mean(1) for tokens in batches])
-        self.map_mean.copy_(means.mean())
+        """Learns from tokens (B, N, D) of normal images which errors are normal: the unit of maps and scores."""
+        self.normal_errors.fit(self._errors(tokens) for tokens in batches)
 
     @torch.no_grad()
     def predict(self, images: Tensor) -> Prediction:
@@ -194,26 +196,28 @@ class DPDiffAD(Detector):
         """
         check_images(images)
         tokens = self.tokenize(images.to(self.noise.dtype)).float()
-        maps = (self._blended(tokens) / self.map_mean).unflatten(-1, self.tokenizer.grid).unsqueeze(1)
+        maps = self._map(tokens).unflatten(-1, self.tokenizer.grid).unsqueeze(1)
         size = [self.image_size // _MAP_REDUCTION] * 2
         maps = F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
-        maps = _blur(maps, sigma=size[0] / 32)  # 8 pixels of a 256-pixel image
-        flat = maps.flatten(1)
+        # 4 pixels of a 256-pixel image for scores, that small defects count; 8 for maps.
+        flat = _blur(maps, sigma=size[0] / 64).flatten(1)
         scores = flat.topk(max(1, flat.shape[1] // 100), dim=1).values.mean(1)
+        maps = _blur(maps, sigma=size[0] / 32)
         maps = F.interpolate(maps, size=images.shape[-2:], mode="bilinear", align_corners=False)
         return Prediction(scores.float(), maps.squeeze(1).float())
 
-    def _blended(self, tokens: Tensor) -> Tensor:
+    def _map(self, tokens: Tensor) -> Tensor:
         """The anomaly map (B, N)."""
-        reconstruction, local = self._maps(tokens)
+        reconstruction, local = self.normal_errors(*self._errors(tokens))
         share = self.config["local_weight"]
         return (1 - share) * reconstruction + share * local
 
-    def _maps(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """1 - cosine similarity (B, N) of tokens to their reconstructions, and to the nearest local prototypes."""
+    def _errors(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """1 - cosine similarity of tokens to their reconstructions and to the nearest local prototypes (2, B, N), and
+        which prototypes these are (B, N)."""
         config = self.config
         active_groups = self._route(tokens)
-        condition, distances = self.local_prototypes(tokens, active_groups)
+        condition, distances, nearest = self.local_prototypes(tokens, active_groups)
         banks = self._banks(active_groups)
 
         def predict(noisy: Tensor, timesteps: Tensor) -> Tensor:
@@ -224,7 +228,8 @@ class DPDiffAD(Detector):
             steps = (config["timestep"], config["n_steps"], config["min_timestep"])
             reconstruction = self.diffusion.reconstruct(predict, tokens, noise.expand_as(tokens), *steps)
             errors.append(self.tokenizer.cosine_distances(tokens, reconstruction))
-        return torch.stack(errors).mean(0), distances / 2  # of unit vectors, |x - p|^2 / 2 = 1 - cosine
+        # Of unit vectors, |x - p|^2 / 2 = 1 - cosine.
+        return torch.stack([torch.stack(errors).mean(0), distances / 2]), nearest
 
     def _route(self, tokens: Tensor) -> Tensor | None:
         """The groups (B, G) of local prototypes that images of these tokens (B, N, D) use; None for all."""
@@ -256,6 +261,7 @@ def _check_arguments(arguments: dict[str, Any]) -> None:
     expect("min_timestep", 0 <= least <= timestep, f"0 to timestep ({timestep})")
     most = timestep - least + 1
     expect("n_steps", arguments["n_steps"] <= most, f"at most timestep - min_timestep + 1 ({most})")
+    expect("n_steps", arguments["diffusion"] or arguments["n_steps"] == 1, "1 without diffusion")
     expect("local_weight", 0 <= arguments["local_weight"] <= 1, "0 to 1")
 
 

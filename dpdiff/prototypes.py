@@ -1,6 +1,7 @@
 """The two banks of DPDiff-AD: global prototypes, one per kind of image, each with its own group of local prototypes."""
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -34,9 +35,9 @@ class LocalPrototypes(nn.Module):
         rows = slice(group * self.per_group, (group + 1) * self.per_group)
         self.bank[rows] = dk.kmeans(tokens, self.per_group, n_iters=10, generator=generator)
 
-    def forward(self, tokens: Tensor, active_groups: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(self, tokens: Tensor, active_groups: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens (B, N, D), active_groups (B, G) or None for all -> the structural condition (B, N, D): each token's k
-        nearest prototypes, blended; and the squared distance to the nearest one per channel (B, N)."""
+        nearest prototypes, blended; the squared distance to the nearest one per channel (B, N); its number (B, N)."""
         # Distances grow with the channels; per-channel ones keep the temperature's meaning for every backbone.
         temperature = self.temperature * tokens.shape[-1]
         groups = None if active_groups is None else self.groups
@@ -44,7 +45,7 @@ class LocalPrototypes(nn.Module):
         nearest = dk.aggregate_nearest(
             tokens, self.bank, self.k, "l2", temperature, groups=groups, active_groups=active_groups
         )
-        return nearest.values, nearest.scores[..., 0] / tokens.shape[-1]
+        return nearest.values, nearest.scores[..., 0] / tokens.shape[-1], nearest.indices[..., 0]
 
 
 class GlobalPrototypes(nn.Module):
@@ -78,8 +79,11 @@ class GlobalPrototypes(nn.Module):
         return dk.nearest_prototype(descriptors.float(), self.bank, k=n, metric="cosine").indices
 
     def forward(self, clean: Tensor, reconstructed: Tensor) -> tuple[Tensor, Tensor]:
-        """Descriptors (B, D) of the same images -> (transport cost, swapped-assignment cross-entropy) of the latter."""
-        pair = F.normalize(torch.stack([clean, reconstructed]).float(), dim=-1)
+        """Descriptors (B, D) of the same images -> (transport cost, swapped-assignment cross-entropy) of the latter.
+
+        In distributed training the images are those of all processes: marginals and losses are of the whole step.
+        """
+        pair = _of_all_processes(F.normalize(torch.stack([clean, reconstructed]).float(), dim=-1))
         similarities = pair @ self.bank.T  # (2, B, K)
         # A batch shows few kinds of images: prototypes take what mass they get (tau_b), images give all of theirs.
         transport = dk.sinkhorn(1 - similarities, eps=self.eps, n_iters=self.n_iters, tau_b=self.eps)
@@ -87,3 +91,16 @@ class GlobalPrototypes(nn.Module):
         target = target / target.sum(-1, keepdim=True)
         swapped = -(target * (similarities[1] / self.temperature).log_softmax(-1)).sum(-1).mean()
         return transport.value[1], swapped
+
+
+def _of_all_processes(x: Tensor) -> Tensor:
+    """x (2, B, D) -> those of all n processes, (2, n B, D). This one's has its gradient n times: DDP takes the mean."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return x
+    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, x.detach())
+    if x.requires_grad:
+        x = x.clone()
+        x.register_hook(lambda gradient: len(parts) * gradient)
+    parts[dist.get_rank()] = x
+    return torch.cat(parts, 1)

@@ -14,9 +14,11 @@ from typing import Any
 
 import lightning as L
 import torch
+import torch.distributed as dist
 from diffusers.optimization import get_cosine_schedule_with_warmup
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities import rank_zero_only
 from rich.progress import track
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
@@ -32,7 +34,7 @@ from dpdiff.serialization import save
 CHECKPOINT = "last.ckpt"
 WEIGHTS = "model.safetensors"
 _FIT_BATCH = 32
-_CALIBRATION_BATCHES = 32
+_CALIBRATION_BATCHES = 128
 _FIT_IMAGES = 8_000  # on which statistics and prototypes are computed
 
 
@@ -62,11 +64,18 @@ class Training(L.LightningModule):
         self.lr = lr
         self.weight_decay = weight_decay
         self.seed = seed
+        # No step changes a buffer but in the same way everywhere: `on_fit_start` sends them once, not DDP every step.
+        self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_buffers()]
 
     @property
     def denoiser(self) -> torch.nn.Module:
         """With the weights that count in the end."""
         return self.model.denoiser if self.average is None else self.average.module
+
+    def on_fit_start(self) -> None:
+        if dist.is_initialized():
+            for buffer in self.buffers():
+                dist.broadcast(buffer, 0)
 
     def training_step(self, batch: tuple[list[Tensor], Tensor], batch_index: int) -> Tensor:
         reduced, positions = batch
@@ -179,7 +188,7 @@ def train(
     )
     checkpoint = out / CHECKPOINT
     resumed = resume and checkpoint.is_file()
-    if not resumed:
+    if not resumed and rank_zero_only.rank == 0:  # the others are sent it
         _initialise(model, features, seed, show)
     batches = Batches(batch_size, max_steps * accumulate)
     loader = DataLoader(

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import FileLock
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -28,7 +29,7 @@ class FeatureCache(Dataset):
     Lies in `folder/<key>`, where the key stands for the backbone's weights, its layers, the image size, the name of
     `reduce` and the images' paths, sizes and modification times: whatever changes one of these makes a new cache. It is
     written under another name first, so that an interrupted run leaves none that looks complete; caches of other keys
-    are removed.
+    are removed. Of several processes that want one, the first computes it; the others wait.
     """
 
     def __init__(
@@ -45,18 +46,20 @@ class FeatureCache(Dataset):
     ) -> None:
         folder = Path(folder)
         self.path = folder / _key(samples, backbone, image_size, reduce)
-        if not self.path.is_dir():
-            folder.mkdir(parents=True, exist_ok=True)
-            for old in folder.iterdir():
-                shutil.rmtree(old)
-            partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder))
-            try:
-                loader = DataLoader(AnomalyDataset(samples, image_size), batch_size=batch_size, num_workers=num_workers)
-                _extract(backbone, reduce, progress(loader), len(samples), partial)
-                partial.rename(self.path)
-            except BaseException:
-                shutil.rmtree(partial, ignore_errors=True)
-                raise
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):  # of several processes one computes, the others wait
+            if not self.path.is_dir():
+                for old in folder.iterdir():
+                    shutil.rmtree(old)
+                partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder))
+                try:
+                    data = AnomalyDataset(samples, image_size)
+                    loader = DataLoader(data, batch_size=batch_size, num_workers=num_workers)
+                    _extract(backbone, reduce, progress(loader), len(samples), partial)
+                    partial.rename(self.path)
+                except BaseException:
+                    shutil.rmtree(partial, ignore_errors=True)
+                    raise
         files = sorted(self.path.glob("*.npy"), key=lambda file: int(file.stem))
         self.arrays = [np.load(file, mmap_mode="r") for file in files]
 

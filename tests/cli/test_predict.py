@@ -9,7 +9,9 @@ import pytest
 from PIL import Image
 
 import dpdiff as package
-from dpdiff.data import load_image
+from dpdiff.cli.predict import _MAP_RANGE
+from dpdiff.data import load_image, load_mask
+from dpdiff.report import heatmap
 
 
 @pytest.fixture
@@ -57,15 +59,17 @@ def test_scores_every_image_of_nested_folders(predict, photos, weights, tmp_path
         assert score == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_defect_scores_higher_and_glows(predict, data, tmp_path):
+def test_a_defect_scores_higher_and_glows(predict, weights, data, tmp_path):
     good, bad = data / "bolt/test/good/000.png", data / "bolt/test/hole/000.png"
     predict(good, bad)
     scores = read_scores(tmp_path / "out")
     assert scores[str(bad)] > scores[str(good)]
-    mask = np.array(Image.open(data / "bolt/ground_truth/hole/000_mask.png")) > 0
-    picture = np.array(Image.open(tmp_path / "out/hole/000.png")).astype(int)
-    colour = np.ptp(picture, axis=-1)  # grey where nothing is unusual
-    assert colour[mask].mean() > 1.3 * colour[~mask].mean()
+    model = package.load(weights)
+    heat = model.predict(load_image(bad, model.image_size)[None]).maps[0]
+    mask = load_mask(data / "bolt/ground_truth/hole/000_mask.png", model.image_size)
+    assert heat[mask].mean() > heat[~mask].mean() + 1  # deviations of normal images
+    expected = heatmap(load_image(bad), heat, *_MAP_RANGE)
+    np.testing.assert_allclose(Image.open(tmp_path / "out/hole/000.png"), expected, atol=1)
 
 
 def test_a_score_and_its_heat_map_do_not_depend_on_the_other_images(predict, photos, data, tmp_path):

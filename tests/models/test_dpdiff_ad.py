@@ -103,6 +103,7 @@ def test_images_of_another_type_shape_or_range_are_refused(model, given, error, 
         (dict(timestep=1000), r"timestep is 1000: expected 0 to n_timesteps - 1 \(999\)"),
         (dict(timestep=250), r"min_timestep is 300: expected 0 to timestep \(250\)"),
         (dict(n_steps=8, timestep=303), r"n_steps is 8: expected at most timestep - min_timestep \+ 1 \(4\)"),
+        (dict(n_steps=2, diffusion=False), r"n_steps is 2: expected 1 without diffusion"),
         (dict(local_weight=1.5), r"local_weight is 1.5: expected 0 to 1"),
         (dict(temperature=0.0), r"temperature is 0.0"),
         (dict(route=0), r'route is 0: expected a positive int or "all"'),
@@ -140,12 +141,25 @@ def test_ablations_leave_no_parameter_without_a_gradient(tiny, images, option):
     assert [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
 
 
-def test_calibration_makes_the_mean_of_normal_maps_the_unit(model, images):
+def test_without_diffusion_the_denoiser_sees_the_tokens_themselves(tiny, images):
+    model = prepared(tiny(diffusion=False), images)
+    seen = []
+    model.denoiser.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     tokens = model.tokenize(images)
-    assert model.map_mean.item() == pytest.approx(model._blended(tokens).mean().item(), rel=1e-4)
-    once = model.map_mean.clone()
-    model.calibrate([tokens[:5], tokens[5:]])  # batches of different sizes weigh by their images
-    torch.testing.assert_close(model.map_mean, once, rtol=1e-4, atol=0)
+    model.losses(tokens)
+    model.predict(images)
+    assert len(seen) == 2 and all(torch.equal(given, tokens) for given in seen)
+
+
+def test_calibration_makes_errors_of_normal_images_comparable(model, images):
+    tokens = model.tokenize(images)
+    errors, nearest = model._errors(tokens)
+    normal = model.normal_errors(errors, nearest)
+    torch.testing.assert_close(normal.mean((1, 2)), torch.zeros(2), rtol=0, atol=0.2)  # but for what rare kinds borrow
+    assert (normal.std((1, 2)) > 0.4).all() and (normal.std((1, 2)) < 1).all()
+    once = model.predict(images)
+    model.calibrate([tokens[:5], tokens[5:]])  # batches of different sizes weigh by their tokens
+    torch.testing.assert_close(model.predict(images), once, rtol=1e-4, atol=1e-4)
 
 
 def test_an_image_uses_the_groups_that_it_is_routed_to(tiny, images):
@@ -192,7 +206,7 @@ def test_local_weight_blends_the_two_maps(tiny, images):
     scores = {}
     for weight in (0.0, 0.5, 1.0):
         model = prepared(tiny(local_weight=weight), images)
-        scores[weight] = model.predict(images).maps * model.map_mean
+        scores[weight] = model.predict(images).maps
     torch.testing.assert_close(scores[0.5], (scores[0.0] + scores[1.0]) / 2, rtol=1e-3, atol=1e-4)
     assert not torch.allclose(scores[0.0], scores[1.0], atol=1e-2)
 

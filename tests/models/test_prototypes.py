@@ -42,8 +42,8 @@ def test_condition_is_the_softmax_of_the_nearest_prototypes(k):
     tokens = torch.randn(2, 7, 5, generator=generator)
     prototypes = LocalPrototypes(3, 4, 5, k=k, temperature=0.2)
     active = torch.tensor([[0, 2], [1, 2]])
-    condition, distances = prototypes(tokens, active)
-    whole, all_distances = prototypes(tokens, None)
+    condition, distances, indices = prototypes(tokens, active)
+    whole, all_distances, _ = prototypes(tokens, None)
     assert (all_distances <= distances).all() and not torch.equal(whole, condition)
     for i, j in np.ndindex(2, 7):
         token = tokens[i, j].double().numpy()
@@ -54,6 +54,7 @@ def test_condition_is_the_softmax_of_the_nearest_prototypes(k):
         expected = weights @ bank[nearest] / weights.sum()
         np.testing.assert_allclose(condition[i, j].numpy(), expected, atol=1e-5)
         np.testing.assert_allclose(distances[i, j].numpy(), squared.min(), atol=1e-5)
+        assert torch.equal(prototypes.bank[indices[i, j]], prototypes.active(active)[i, nearest[0]])
 
 
 def descriptors(counts=(60, 6, 6), dim=12, seed=0):

@@ -63,7 +63,7 @@ def test_the_loss_falls(run, tmp_path):
 def test_only_what_is_learnt_changes(run, tiny):
     before, after = weights(tiny()), weights(run())
     changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
-    assert changed == {"tokenizer", "local_prototypes", "global_prototypes", "denoiser", "map_mean"}
+    assert changed == {"tokenizer", "local_prototypes", "global_prototypes", "denoiser", "normal_errors"}
     assert all(torch.equal(before[name], after[name]) for name in before if name.startswith("backbone"))
 
 
@@ -129,6 +129,22 @@ def test_a_killed_run_of_dlsr_ends_with_the_same_weights(run, stop_after):
     with pytest.raises(Stop):
         run("cut", model=model())
     assert_same(weights(run("cut", model=model())), expected)
+
+
+def test_accumulated_batches_make_the_step_of_one_batch(run, tiny):
+    """But for the transport, which is of the images of a batch."""
+    whole = weights(run("whole", model=tiny(ot_weight=0.0)))
+    halves = weights(run("halves", model=tiny(ot_weight=0.0), batch_size=2, accumulate=2))
+    for name in whole:
+        torch.testing.assert_close(halves[name], whole[name], rtol=1e-2, atol=1e-3, msg=name)
+
+
+@pytest.mark.timeout(600)
+def test_compiled_training_learns_the_same(run, tiny):
+    plain = weights(run("plain", model=tiny(), max_steps=4))
+    compiled = weights(run("compiled", model=tiny(), max_steps=4, compile=True))
+    for name in plain:
+        torch.testing.assert_close(compiled[name], plain[name], rtol=1e-2, atol=1e-3, msg=name)
 
 
 def test_a_finished_run_is_not_trained_again(run):

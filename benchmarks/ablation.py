@@ -1,0 +1,95 @@
+"""What each part of DPDiff-AD is worth: trained without it, or scored without it, on the same images and features.
+
+    python -m benchmarks.ablation --data products:20:7 --steps 300 --json ablation.json
+
+Prints a Markdown table of mean figures in percent. Without the global bank, an image sees as many local prototypes as
+its groups hold otherwise, but the same ones as every other image.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from benchmarks import results
+from dpdiff import DPDiffAD, training
+from dpdiff.cli.inputs import read_catalogue
+from dpdiff.data import AnomalyDataset
+from dpdiff.evaluation import evaluate
+
+FIGURES = {"image_auroc": "image AUROC", "pixel_auroc": "pixel AUROC", "aupro": "AUPRO"}
+TRAINED = {  # options that differ from the defaults
+    "DPDiff-AD": {},
+    "no local bank": dict(condition=False, n_local=1, k=1, local_weight=0.0),
+    "no global bank, no transport": dict(n_global=1, n_local=1024, route="all", ot_weight=0.0),
+    "no transport": dict(ot_weight=0.0),
+    "no diffusion: plain reconstruction": dict(diffusion=False),
+    "no prototype attention": dict(prototype_attention=False),
+}
+# How the whole model does when scored in another way.
+SCORED = ("errors not standardised by structure", "map of the reconstruction alone", "map of the local bank alone")
+
+
+def study(data: str, steps: int, batch_size: int | None, seed: int) -> dict:
+    catalogue = read_catalogue(data, need="test")
+    rows = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, options in TRAINED.items():
+            start = time.perf_counter()
+            torch.manual_seed(seed)
+            model = DPDiffAD(**DPDiffAD.suggest(len(catalogue.train)) | options)
+            fit = dict(max_steps=steps, batch_size=batch_size, seed=seed, resume=False, progress=False)
+            training.train(model, catalogue.train, folder, **fit)  # the features stay in the folder
+            rows[name] = _figures(model, catalogue)
+            if not options:
+                whole = model
+            print(f"{name}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+    for share in (0.0, 1.0):
+        whole.config["local_weight"] = share
+        rows[SCORED[1 + int(share)]] = _figures(whole, catalogue)
+    whole.config["local_weight"] = DPDiffAD(pretrained=False).config["local_weight"]
+    for buffer in (whole.normal_errors.mean, whole.normal_errors.deviation):
+        buffer.copy_(buffer.mean(1, keepdim=True).expand_as(buffer))
+    rows[SCORED[0]] = _figures(whole, catalogue)
+    about = {"data": data, "steps": steps, "batch_size": batch_size, "seed": seed, "machine": results.machine()}
+    return {"study": "ablation", "date": results.now(), **about, "rows": rows}
+
+
+def _figures(model: DPDiffAD, catalogue) -> dict[str, float]:
+    dataset = AnomalyDataset(catalogue.test, model.image_size, catalogue.categories)
+    mean = evaluate(model, dataset, n_examples=0, progress=False).mean
+    return {name: mean[name] for name in FIGURES if name in mean}
+
+
+def table(rows: dict[str, dict[str, float]]) -> str:
+    lines = [["", *FIGURES.values()], ["---", *["---:"] * len(FIGURES)]]
+    for name in (*TRAINED, *SCORED):
+        figures = (f"{100 * rows[name][figure]:.1f}" if figure in rows[name] else "-" for figure in FIGURES)
+        lines.append([name, *figures])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data", default="products:160", help="as for dpdiff train (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=DPDiffAD.TRAINING["max_steps"], help="default: %(default)s")
+    parser.add_argument("--batch-size", type=int, help="default: the model's own")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", metavar="FILE", help="write the figures there")
+    args = parser.parse_args(arguments)
+    found = study(args.data, args.steps, args.batch_size, args.seed)
+    print(table(found["rows"]))
+    if args.json:
+        Path(args.json).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
