@@ -73,7 +73,7 @@ def model(
 @bench.command()
 def scaling(
     categories: Annotated[str, typer.Option(metavar="N,N,...", help="How many.")] = "10,20,40,80,160,320,1600",
-    steps: Annotated[int, typer.Option(metavar="N", min=1, help="Of training.")] = 1200,
+    steps: Annotated[int, typer.Option(metavar="N", min=1, help="Of training.")] = 600,
     accuracy: Annotated[bool, typer.Option(help="Evaluate on the whole test set too.")] = True,
     json: Json = None,
     plot: Annotated[Path | None, typer.Option(metavar="STEM", help="Write STEM.png and STEM.svg.")] = None,

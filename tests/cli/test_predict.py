@@ -67,7 +67,7 @@ def test_a_defect_scores_higher_and_glows(predict, weights, data, tmp_path):
     model = package.load(weights)
     heat = model.predict(load_image(bad, model.image_size)[None]).maps[0]
     mask = load_mask(data / "bolt/ground_truth/hole/000_mask.png", model.image_size)
-    assert heat[mask].mean() > heat[~mask].mean() + 1  # deviations of normal images
+    assert heat[mask].mean() > heat[~mask].mean() + 0.5  # of deviations of twelve normal images
     expected = heatmap(load_image(bad), heat, *_MAP_RANGE)
     np.testing.assert_allclose(Image.open(tmp_path / "out/hole/000.png"), expected, atol=1)
 

@@ -139,6 +139,23 @@ def test_mvtec_ad_2(tmp_path):
     assert len(found.train) == 1
 
 
+def test_mpdd(tmp_path):
+    """Metal parts: as MVTec AD, with kinds of defect that differ between categories."""
+    for category, kind in (("bracket_black", "hole"), ("connector", "parts_mismatch")):
+        image(tmp_path / category / "train" / "good" / "000.png")
+        image(tmp_path / category / "test" / "good" / "000.png")
+        image(tmp_path / category / "test" / kind / "000.png")
+        mask(tmp_path / category / "ground_truth" / kind / "000_mask.png")
+    found = scan(tmp_path)
+    assert found.categories == ["bracket_black", "connector"]
+    assert [(s.category, s.kind, s.label, s.mask is None) for s in found.test] == [
+        ("bracket_black", "good", 0, True),
+        ("bracket_black", "hole", 1, False),
+        ("connector", "good", 0, True),
+        ("connector", "parts_mismatch", 1, False),
+    ]
+
+
 def test_bmad(tmp_path):
     brain = tmp_path / "Brain_AD"
     image(brain / "train" / "good" / "00003_60.png")
