@@ -18,9 +18,9 @@ STABLE_TORCH_LIBRARY(dpdiff, m) {
       "nearest_backward(Tensor tokens, Tensor prototypes, Tensor indices, Tensor scores, Tensor? weights,"
       " Tensor? grad_values, Tensor? grad_scores, str metric, float temperature, bool of_tokens, bool of_prototypes)"
       " -> (Tensor grad_tokens, Tensor grad_prototypes)");
-  // tokens (N, D); prototypes (K, D); weights (N,) float32
+  // tokens (N, D); prototypes (K, D); weights (N,) float32. Without inertia that result is zero.
   m.def(
-      "prototype_statistics(Tensor tokens, Tensor prototypes, str metric, Tensor? weights)"
+      "prototype_statistics(Tensor tokens, Tensor prototypes, str metric, Tensor? weights, bool with_inertia)"
       " -> (Tensor counts, Tensor sums, Tensor inertia)");
   // query (B, H, N, E); banks (H, M, E) or (B, H, M, E); gate (B, H, N) float32; scale not negative. For the backward
   // pass, of each softmax (two with a gate): reference and total (S, B, H, N) float32, the score that exponents are

@@ -57,7 +57,7 @@ def kmeans(
     check_choice("metric", metric, ("l2", "cosine"))
     if n_prototypes > len(tokens):
         raise ValueError(f"n_prototypes is {n_prototypes}: expected at most the number of tokens, {len(tokens)}")
-    if not all(bool(chunk.isfinite().all()) for chunk in tokens.split(_chunk_length(tokens))):
+    if not all(_is_finite(chunk) for chunk in tokens.split(_chunk_length(tokens))):
         raise ValueError("tokens holds NaN or Inf: expected finite values")
 
     if isinstance(init, Tensor):
@@ -77,6 +77,11 @@ def kmeans(
             break
         prototypes = updated
     return prototypes.to(tokens.dtype)
+
+
+def _is_finite(x: Tensor) -> bool:
+    # A sum shows NaN and Inf several times as fast as a look at each; one that overflows is looked into.
+    return bool(x.sum(dtype=torch.promote_types(x.dtype, torch.float32)).isfinite()) or bool(x.isfinite().all())
 
 
 def _chunk_length(tokens: Tensor) -> int:
@@ -144,7 +149,9 @@ def _lloyd(tokens: Tensor, weights: Tensor | None, prototypes: Tensor, metric: s
     counts = sums.new_zeros(len(prototypes))
     for i, chunk in enumerate(_chunks(tokens)):
         chunk_weights = None if weights is None else weights[i * length : (i + 1) * length]
-        statistics = prototype_statistics(chunk, prototypes, metric=metric, weights=chunk_weights, backend=backend)
+        statistics = prototype_statistics(
+            chunk, prototypes, metric=metric, weights=chunk_weights, with_inertia=False, backend=backend
+        )
         counts += statistics.counts
         sums += statistics.sums
     empty = counts == 0

@@ -43,7 +43,7 @@ class PrototypeStatistics(NamedTuple):
 
     counts: Tensor
     sums: Tensor
-    inertia: Tensor
+    inertia: Tensor | None
 
 
 def nearest_prototype(
@@ -133,6 +133,7 @@ def prototype_statistics(
     metric: str = "l2",
     weights: Tensor | None = None,
     *,
+    with_inertia: bool = True,
     backend: str | None = None,
 ) -> PrototypeStatistics:
     """Assigns each token to its nearest prototype and adds up what each prototype was given.
@@ -144,13 +145,14 @@ def prototype_statistics(
         prototypes: (K, D), as tokens in dtype and device. K must be at least 1 unless there are no tokens.
         metric: "l2", "cosine" or "dot".
         weights: (..., N) float, each token's weight; 1 when None.
+        with_inertia: False saves the time of the exact distances.
         backend: overrides the choice of implementation, see `backends`.
 
     Returns:
         counts: (K,) float32 (float64 for float64 inputs, as the others), the sum of the weights of each one's tokens.
         sums: (K, D) float32, the weighted sum of the tokens themselves (under every metric).
         inertia: () float32, the weighted sum of the tokens' distances to their prototypes: the squared distance
-            for "l2", 1 - cosine for "cosine", minus the product for "dot".
+            for "l2", 1 - cosine for "cosine", minus the product for "dot". None without `with_inertia`.
 
     Not differentiable.
 
@@ -171,7 +173,8 @@ def prototype_statistics(
     tokens = tokens.detach().reshape(math.prod(tokens.shape[:-1]), tokens.shape[-1]).contiguous()
     if weights is not None:
         weights = weights.detach().to(torch.promote_types(tokens.dtype, torch.float32)).flatten().contiguous()
-    return PrototypeStatistics(*implementation(tokens, prototypes.detach().contiguous(), metric, weights))
+    counts, sums, inertia = implementation(tokens, prototypes.detach().contiguous(), metric, weights, with_inertia)
+    return PrototypeStatistics(counts, sums, inertia if with_inertia else None)
 
 
 def _check_operands(tokens: Tensor, prototypes: Tensor) -> tuple[Tensor, Tensor]:
@@ -251,7 +254,7 @@ def _register_fakes() -> None:
         return tuple(torch.empty_like(t) if want else t.new_empty(0) for t, want in zip((tokens, prototypes), wanted))
 
     @torch.library.register_fake("dpdiff::prototype_statistics")
-    def _(tokens, prototypes, metric, weights):
+    def _(tokens, prototypes, metric, weights, with_inertia):
         k, d = prototypes.shape
         return tuple(tokens.new_empty(shape, dtype=torch.float32) for shape in ((k,), (k, d), ()))
 

@@ -46,9 +46,9 @@ def aggregate_nearest(
 
 @torch.no_grad()
 def prototype_statistics(
-    tokens: Tensor, prototypes: Tensor, metric: str, weights: Tensor | None
+    tokens: Tensor, prototypes: Tensor, metric: str, weights: Tensor | None, with_inertia: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """tokens (N, D), prototypes (K, D), weights (N,) -> counts (K,), sums (K, D), inertia ()."""
+    """tokens (N, D), prototypes (K, D), weights (N,) -> counts (K,), sums (K, D), inertia () (or zero)."""
     scores, indices = nearest_prototype(tokens.unsqueeze(0), prototypes, 1, metric, None, None)
     scores, indices = scores.flatten().double(), indices.flatten()
     weights = torch.ones_like(scores) if weights is None else weights.double()
@@ -57,8 +57,9 @@ def prototype_statistics(
     counts = zeros.new_zeros(prototypes.shape[0]).index_put((indices,), weights, accumulate=True)
     sums = zeros.index_put((indices,), tokens.double() * weights.unsqueeze(-1), accumulate=True)
     distances = {"l2": scores, "dot": -scores, "cosine": 1 - scores}[metric]
+    inertia = (distances * weights).sum() if with_inertia else counts.new_zeros(())
     dtype = _accumulation_dtype(tokens)
-    return counts.to(dtype), sums.to(dtype), (distances * weights).sum().to(dtype)
+    return counts.to(dtype), sums.to(dtype), inertia.to(dtype)
 
 
 def _accumulation_dtype(tokens: Tensor) -> torch.dtype:

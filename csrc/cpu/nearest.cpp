@@ -69,7 +69,7 @@ Routes route(const Tensor& groups, const Tensor& active_groups, int64_t k) {
 }
 
 void search(const Tensor& tokens, const Tensor& prototypes, int64_t k, const std::string& metric, double temperature,
-            const std::optional<Tensor>& groups, const std::optional<Tensor>& active_groups, Tensor& scores,
+            const std::optional<Tensor>& groups, const std::optional<Tensor>& active_groups, Tensor* scores,
             Tensor& indices, Tensor* values, Tensor* weights) {
   Nearest in;
   in.tokens = tokens.const_data_ptr();
@@ -83,7 +83,7 @@ void search(const Tensor& tokens, const Tensor& prototypes, int64_t k, const std
   in.d = tokens.size(2);
   in.k = k;
   in.temperature = temperature;
-  in.scores = scores.mutable_data_ptr<float>();
+  in.scores = scores == nullptr ? nullptr : scores->mutable_data_ptr<float>();
   in.indices = indices.mutable_data_ptr<int64_t>();
   in.values = values == nullptr ? nullptr : values->mutable_data_ptr();
   in.weights = weights == nullptr ? nullptr : weights->mutable_data_ptr<float>();
@@ -100,7 +100,7 @@ std::tuple<Tensor, Tensor> nearest_prototype(Tensor tokens, Tensor prototypes, i
   const std::vector<int64_t> shape{tokens.size(0), tokens.size(1), k};
   Tensor scores = torch::stable::new_empty(tokens, shape, ScalarType::Float);
   Tensor indices = torch::stable::new_empty(tokens, shape, ScalarType::Long);
-  search(tokens, prototypes, k, metric, 1, groups, active_groups, scores, indices, nullptr, nullptr);
+  search(tokens, prototypes, k, metric, 1, groups, active_groups, &scores, indices, nullptr, nullptr);
   return {scores, indices};
 }
 
@@ -113,7 +113,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> aggregate_nearest(Tensor tokens, Tens
   Tensor scores = torch::stable::new_empty(tokens, shape, ScalarType::Float);
   Tensor indices = torch::stable::new_empty(tokens, shape, ScalarType::Long);
   Tensor weights = torch::stable::empty_like(scores);
-  search(tokens, prototypes, k, metric, temperature, groups, active_groups, scores, indices, &values, &weights);
+  search(tokens, prototypes, k, metric, temperature, groups, active_groups, &scores, indices, &values, &weights);
   return {values, scores, indices, weights};
 }
 
@@ -152,14 +152,15 @@ std::tuple<Tensor, Tensor> nearest_backward(Tensor tokens, Tensor prototypes, Te
 }
 
 std::tuple<Tensor, Tensor, Tensor> prototype_statistics(Tensor tokens, Tensor prototypes, std::string metric,
-                                                        std::optional<Tensor> weights) {
+                                                        std::optional<Tensor> weights, bool with_inertia) {
   const int64_t n = tokens.size(0), d = tokens.size(1), n_prototypes = prototypes.size(0);
   Tensor scores = torch::stable::new_empty(tokens, std::vector<int64_t>{1, n, 1}, ScalarType::Float);
   Tensor indices = torch::stable::new_empty(tokens, std::vector<int64_t>{1, n, 1}, ScalarType::Long);
   Tensor counts = torch::stable::new_empty(tokens, std::vector<int64_t>{n_prototypes}, ScalarType::Float);
   Tensor sums = torch::stable::new_empty(tokens, std::vector<int64_t>{n_prototypes, d}, ScalarType::Float);
   Tensor inertia = torch::stable::new_empty(tokens, std::vector<int64_t>{}, ScalarType::Float);
-  search(torch::stable::unsqueeze(tokens, 0), prototypes, 1, metric, 1, std::nullopt, std::nullopt, scores, indices, nullptr, nullptr);
+  search(torch::stable::unsqueeze(tokens, 0), prototypes, 1, metric, 1, std::nullopt, std::nullopt,
+         with_inertia ? &scores : nullptr, indices, nullptr, nullptr);
 
   Statistics in;
   in.tokens = tokens.const_data_ptr();
@@ -176,7 +177,7 @@ std::tuple<Tensor, Tensor, Tensor> prototype_statistics(Tensor tokens, Tensor pr
   const float* score = scores.const_data_ptr<float>();
   const double sign = metric == "l2" ? 1 : -1, offset = metric == "cosine" ? 1 : 0;
   double total = 0;
-  for (int64_t i = 0; i < n; ++i) {
+  for (int64_t i = 0; i < n && with_inertia; ++i) {
     total += (offset + sign * double(score[i])) * (in.weights == nullptr ? 1.0 : double(in.weights[i]));
   }
   *inertia.mutable_data_ptr<float>() = float(total);

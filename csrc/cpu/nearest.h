@@ -25,7 +25,7 @@ struct Nearest {
   bool shared;
   int64_t n_batch, n_tokens, n_prototypes, d, k;
   double temperature;
-  float* scores;     // (n_batch, n_tokens, k)
+  float* scores;     // (n_batch, n_tokens, k), or null
   int64_t* indices;  // (n_batch, n_tokens, k)
   void* values;      // (n_batch, n_tokens, d), or null: only scores and indices are wanted
   float* weights;    // (n_batch, n_tokens, k), of the values

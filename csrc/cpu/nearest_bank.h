@@ -119,6 +119,8 @@ class Bank {
         elements_(round_up(n, kWidth) * depth),
         biases_(round_up(n, kWidth)),
         norms_(metric == Metric::cosine ? n : 0),
+        lengths_(round_up(n, kWidth)),
+        remainders_(round_up(n, kWidth)),
         bounds_(n_panels),
         centre_(round_up(d, 2 * kWidth)) {
     if (metric == Metric::cosine || !std::is_same<T, bfloat16>::value) find_centre();
@@ -136,6 +138,9 @@ class Bank {
   const float* centre() const { return centre_.data(); }  // whole vectors
   const Element* elements(int64_t panel) const { return elements_ + panel * kPanel * depth; }
   const float* biases(int64_t panel) const { return biases_ + panel * kPanel; }
+  // Upper bounds for each prototype, as those of a panel.
+  const float* lengths(int64_t panel) const { return lengths_.data() + panel * kPanel; }
+  const float* remainders(int64_t panel) const { return remainders_.data() + panel * kPanel; }
   const PanelBounds& bounds(int64_t panel) const { return bounds_[panel]; }
   int64_t size(int64_t panel) const { return std::min(kPanel, n - panel * kPanel); }
   // Elements from one packed row to the next: whole vectors, and never a multiple of a page.
@@ -187,9 +192,11 @@ class Bank {
     const double length = vector_norm(prepared, d);
     biases_[i] = metric == Metric::l2 ? -0.5 * length * length : metric == Metric::cosine ? dot(centre(), prepared, d) : 0;
     const float remainder = sqrtf(Screen::pack(prepared, 1, nullptr, d, packed).remainder);
+    lengths_[i] = 1.000001f * float(length);
+    remainders_[i] = remainder + 0x1p-23f * float(length);  // preparing rounds too
     PanelBounds& bounds = bounds_[panel];
-    bounds.norm = upper(bounds.norm, 1.000001f * float(length));
-    bounds.remainder = upper(bounds.remainder, remainder + 0x1p-23f * float(length));  // preparing rounds too
+    bounds.norm = upper(bounds.norm, lengths_[i]);
+    bounds.remainder = upper(bounds.remainder, remainders_[i]);
     bounds.bias = upper(bounds.bias, fabsf(biases_[i]));
   }
 
@@ -209,6 +216,7 @@ class Bank {
   Buffer<Element> elements_;
   Buffer<float> biases_;
   std::vector<double> norms_;
+  std::vector<float> lengths_, remainders_;
   std::vector<PanelBounds> bounds_;
   std::vector<float> centre_;
 };

@@ -30,7 +30,7 @@ void search_image(const Nearest& in, int64_t image, const int32_t* rows, int64_t
   const T* tokens = static_cast<const T*>(in.tokens) + image * n * d;
   const T* prototypes = static_cast<const T*>(in.prototypes) + (in.shared ? 0 : image * in.n_prototypes * d);
   T* values = in.values == nullptr ? nullptr : static_cast<T*>(in.values) + image * n * d;
-  float* scores = in.scores + image * n * k;
+  float* scores = in.scores == nullptr ? nullptr : in.scores + image * n * k;
   int64_t* indices = in.indices + image * n * k;
 
   Buffer<Match> matches(n * k);
@@ -41,13 +41,13 @@ void search_image(const Nearest& in, int64_t image, const int32_t* rows, int64_t
     const Bank<T, Screen> bank(prototypes, rows, first, std::min(bank_size, n_rows - first), d, in.metric);
     const bool last = first + bank_size >= n_rows;
     torch::stable::parallel_for(0, n_blocks, 1, [&](int64_t begin, int64_t end) {
-      Search<T, Screen> search(bank, k);
+      Search<T, Screen> search(bank, k, scores == nullptr && k == 1 && n_rows <= bank_size);
       for (int64_t token = begin * block; token < std::min(n, end * block); token += block) {
         const int64_t size = std::min(block, n - token);
         search.run(tokens + token * d, size, matches + token * k);
         if (!last) continue;
         for (int64_t i = token * k; i < (token + size) * k; ++i) {
-          scores[i] = float(in.metric == Metric::l2 ? -matches[i].goodness : matches[i].goodness);
+          if (scores != nullptr) scores[i] = float(in.metric == Metric::l2 ? -matches[i].goodness : matches[i].goodness);
           indices[i] = matches[i].index;
         }
         for (int64_t i = token; values != nullptr && i < token + size; ++i) {

@@ -19,7 +19,6 @@ struct Members {
 // Calls work(first prototype, last, first channel, last) for shares of equal numbers of entries, in parallel.
 template <typename Work>
 void share_out(const Members& members, int64_t d, const Work& work) {
-  constexpr int64_t kChannels = 256;
   const int64_t n_prototypes = members.begin.size() - 1, n = members.entries.size();
   const int64_t n_shares = std::max<int64_t>(1, std::min<int64_t>(n_prototypes, 4 * torch::stable::get_num_threads()));
   const auto cut = [&](int64_t share) {
@@ -27,11 +26,15 @@ void share_out(const Members& members, int64_t d, const Work& work) {
     const auto place = std::lower_bound(members.begin.begin(), members.begin.end() - 1, share * n / n_shares);
     return share == 0 ? 0 : int64_t(place - members.begin.begin());
   };
-  const int64_t n_slices = (d + kChannels - 1) / kChannels;
+  // Whole rows keep to their pages; slices of them share out what few prototypes have.
+  int64_t largest = 0;
+  for (int64_t j = 0; j < n_prototypes; ++j) largest = std::max(largest, members.begin[j + 1] - members.begin[j]);
+  const int64_t width = 4 * largest * torch::stable::get_num_threads() > n ? 256 : std::max<int64_t>(d, 1);
+  const int64_t n_slices = (d + width - 1) / width;
   torch::stable::parallel_for(0, n_shares * n_slices, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t channel = i % n_slices * kChannels;
-      work(cut(i / n_slices), cut(i / n_slices + 1), channel, std::min(d, channel + kChannels));
+      const int64_t channel = i % n_slices * width;
+      work(cut(i / n_slices), cut(i / n_slices + 1), channel, std::min(d, channel + width));
     }
   });
 }
@@ -43,24 +46,44 @@ struct Term {
   const T* row;
   float scale, factor;
 };
+
+// The same for up to eight terms and channels that fill kVectors vectors, or one that n don't fill. Rows lie anywhere in
+// memory: the next eight are on their way meanwhile.
+template <int kVectors, typename T>
+DPDIFF_INLINE void add_terms(double* sum, const Term<T>* terms, int64_t n_terms, int64_t n_ahead, int64_t channel, int64_t n) {
+  vfloat totals[kVectors] = {};
+  for (int64_t r = 0; r < n_terms; ++r) {
+    const T* row = terms[r].row + channel;
+    const char* ahead = reinterpret_cast<const char*>(terms[r + n_ahead].row + channel);
+    const float scale = terms[r].scale, factor = terms[r].factor;
+#pragma GCC unroll 16
+    for (int v = 0; v < kVectors; ++v) {
+      totals[v] += factor * (scale * (kVectors > 1 ? load(row + v * kWidth) : load_some(row, n)));
+      if (v * kWidth * sizeof(T) % 64 == 0) __builtin_prefetch(ahead + v * kWidth * sizeof(T), 0, 2);
+    }
+  }
+#pragma GCC unroll 16
+  for (int v = 0; v < kVectors; ++v) {
+    float lanes[kWidth];
+    store(lanes, totals[v]);
+    for (int lane = 0; lane < (kVectors > 1 ? kWidth : std::min<int64_t>(kWidth, n)); ++lane) {
+      sum[channel + v * kWidth + lane] += double(lanes[lane]);
+    }
+  }
+}
+
 template <typename T>
 void add_rows(double* sum, const Term<T>* terms, int64_t n_terms, int64_t n) {
   constexpr int64_t kRows = 8;
-  const auto add = [&](int64_t first, auto rows) {
-    for (int64_t i = 0; i < n; i += kWidth) {
-      vfloat total{};
-      for (int64_t r = 0; r < rows; ++r) {
-        const Term<T>& term = terms[first + r];
-        total += term.factor * (term.scale * load_some(term.row + i, n - i));
-      }
-      float lanes[kWidth];
-      store(lanes, total);
-      for (int64_t lane = 0; lane < std::min<int64_t>(kWidth, n - i); ++lane) sum[i + lane] += double(lanes[lane]);
+  constexpr int kVectors = kWidth == 16 ? 16 : 8;  // what registers hold
+  for (int64_t first = 0; first < n_terms; first += kRows) {
+    const int64_t n_rows = std::min(kRows, n_terms - first), n_ahead = first + 2 * kRows <= n_terms ? kRows : 0;
+    int64_t channel = 0;
+    for (; channel + kVectors * kWidth <= n; channel += kVectors * kWidth) {
+      add_terms<kVectors>(sum, terms + first, n_rows, n_ahead, channel, n);
     }
-  };
-  int64_t first = 0;
-  for (; first + kRows <= n_terms; first += kRows) add(first, std::integral_constant<int64_t, kRows>());
-  for (; first < n_terms; ++first) add(first, std::integral_constant<int64_t, 1>());
+    for (; channel < n; channel += kWidth) add_terms<1>(sum, terms + first, n_rows, n_ahead, channel, n - channel);
+  }
 }
 
 // Adds up the terms that `list` gives for each entry, prototype by prototype; `finish` gets each sum.

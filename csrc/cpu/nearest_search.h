@@ -1,6 +1,6 @@
 // The search itself: screen, shortlist, score the shortlist exactly. Included by nearest_kernels.h.
 //
-// Screening computes every key with an error of at most `error`, which is proven (see `bound_errors`). A prototype whose
+// Screening computes every key with an error of at most `error`, which is proven (see `error`). A prototype whose
 // key plus error stays below the k-th best of the keys minus their errors can't be among the k best; all others are
 // scored in double. So the answer is exact whatever the screening's precision, and where no bound can be given (NaN,
 // overflow) the error is infinite and everything is scored in double.
@@ -37,8 +37,10 @@ class Search {
   typedef typename Screen::Element Element;
   typedef typename Screen::Vector Vector;
 
-  Search(const Bank<T, Screen>& bank, int64_t k)
-      : bank_(bank), k_(k), rows_(kBlock * bank.stride()), shortlists_(kBlock * kShortlist), lows_(kBlock * k) {}
+  // decide: a candidate that is left alone is the match, with a goodness that means nothing. Only where the bank holds
+  // all prototypes, k = 1, and indices alone are wanted.
+  Search(const Bank<T, Screen>& bank, int64_t k, bool decide)
+      : bank_(bank), k_(k), decide_(decide), rows_(kBlock * bank.stride()), shortlists_(kBlock * kShortlist), lows_(kBlock * k) {}
 
   // Tokens in a block: what fits the second-level cache beside a panel, a whole number of tiles, at most kBlock.
   static int64_t block(int64_t d) {
@@ -118,19 +120,24 @@ class Search {
     return std::all_of(x, x + bank_.d, [](T value) { return to_float(value) == 0; });
   }
 
-  // The largest error of a key in this panel, for each token: what packing lost, by Cauchy and Schwarz, plus d + 8
-  // roundings of partial sums, plus underflow. 1.001 covers the roundings of the norms and of this formula.
+  // The largest error of each token's keys in this panel.
   void bound_errors(int64_t panel, int64_t n) {
     const PanelBounds bounds = bank_.bounds(panel);
-    const float length = bounds.norm + bounds.remainder;
-    const float rounding = float(bank_.d + 8) * Screen::kRounding, underflow = float(bank_.d + 2) * 0x1p-125f;
     for (int64_t i = 0; i < n; ++i) {
-      const float largest = lengths_[i] * length + bounds.bias;
-      float error = lengths_[i] * bounds.remainder + remainders_[i] * bounds.norm + rounding * largest;
-      error += underflow * (1 + lengths_[i] + length);
-      errors_[i] = largest < 1e38f ? 1.001f * error : INFINITY;
+      const bool in_range = lengths_[i] * (bounds.norm + bounds.remainder) + bounds.bias < 1e38f;
+      errors_[i] = in_range ? error(lengths_[i], remainders_[i], bounds.norm, bounds.remainder, bounds.bias) : INFINITY;
       limits_[i] = lowest_[i] - errors_[i];
     }
+  }
+
+  // Bounds the error of a key: what packing lost, by Cauchy and Schwarz, plus d + 8 roundings of partial sums, plus
+  // underflow. 1.001 covers the roundings of the norms and of this formula.
+  template <typename Float>
+  DPDIFF_INLINE Float error(float length, float lost, Float p_norm, Float p_lost, Float bias) const {
+    const float rounding = float(bank_.d + 8) * Screen::kRounding, underflow = float(bank_.d + 2) * 0x1p-125f;
+    const Float p_length = p_norm + p_lost;
+    return 1.001f * (length * p_lost + lost * p_norm + rounding * (length * p_length + bias) +
+                     underflow * ((1 + length) + p_length));
   }
 
   template <int kVectors>
@@ -169,29 +176,37 @@ class Search {
     }
   }
 
-  // Takes in what of a token's keys against one panel may be among the k best.
+  // Takes in what of a token's keys against one panel may be among the k best, by each prototype's own bound: one long
+  // prototype makes that of its panel a loose one.
   __attribute__((noinline)) void shortlist(int64_t i, int64_t panel, const float* keys) {
     if (!searching_[i]) return;
     const int64_t size = bank_.size(panel);
-    const float error = errors_[i];
-    float lowest = lowest_[i];
-    if (k_ == 1) {  // raises the limit once for the whole panel
-      vfloat best = broadcast(-INFINITY);
-      for (int64_t j = 0; j < size; j += kWidth) best = maximum(best, load(keys + j));
-      lowest = std::max(lowest, reduce_max(best) - error);
-    }
+    float lows[kPanel], uppers[kPanel];
+    vfloat best = broadcast(-INFINITY);
     for (int64_t j = 0; j < size; j += kWidth) {
-      for (uint32_t lanes = lanes_not_below(load(keys + j), lowest - error); lanes != 0; lanes &= lanes - 1) {
+      const vfloat key = load(keys + j), bias = load(bank_.biases(panel) + j);
+      vfloat bound = broadcast(errors_[i]);
+      if (errors_[i] < INFINITY) {
+        bound = error(lengths_[i], remainders_[i], load(bank_.lengths(panel) + j), load(bank_.remainders(panel) + j),
+                      maximum(bias, -bias));
+      }
+      store(lows + j, key - bound);
+      store(uppers + j, key + bound);
+      best = maximum(best, key - bound);
+    }
+    float lowest = lowest_[i];
+    if (k_ == 1) lowest = std::max(lowest, reduce_max(best));  // raises the limit once for the whole panel
+    for (int64_t j = 0; j < size; j += kWidth) {
+      for (uint32_t lanes = lanes_not_below(load(uppers + j), lowest); lanes != 0; lanes &= lanes - 1) {
         const int64_t lane = j + __builtin_ctz(lanes);
-        const float key = keys[lane];
-        if (key < lowest - error || lane >= size) continue;
-        if (k_ > 1) lowest = enter_low(lows_ + i * k_, key - error);
+        if (uppers[lane] < lowest || lane >= size) continue;
+        if (k_ > 1) lowest = enter_low(lows_ + i * k_, lows[lane]);
         lowest_[i] = lowest;
         if (sizes_[i] == kShortlist) make_room(i);
-        shortlists_[i * kShortlist + sizes_[i]++] = {key + error, int32_t(panel * kPanel + lane)};
+        shortlists_[i * kShortlist + sizes_[i]++] = {uppers[lane], int32_t(panel * kPanel + lane)};
       }
     }
-    limits_[i] = lowest - error;
+    limits_[i] = lowest - errors_[i];
   }
 
   // Inserts into the descending k best, and returns the k-th.
@@ -221,6 +236,10 @@ class Search {
   void settle(int64_t i) {
     const T* x = tokens_ + i * bank_.d;
     const Candidate* candidates = shortlists_ + i * kShortlist;
+    if (decide_ && sizes_[i] == 1 && matches_[i].index == kNoMatch.index) {
+      matches_[i] = {0, bank_.row(candidates[0].i)};
+      sizes_[i] = 0;
+    }
     for (int32_t c = 0; c < sizes_[i]; ++c) {
       const int64_t j = candidates[c].i;
       if (c + 1 < sizes_[i]) prefetch(candidates[c + 1].i);
@@ -244,6 +263,7 @@ class Search {
 
   const Bank<T, Screen>& bank_;
   const int64_t k_;
+  const bool decide_;
   const T* tokens_ = nullptr;
   Match* matches_ = nullptr;
   Buffer<Element> rows_;          // the block's tokens, packed

@@ -129,14 +129,22 @@ DPDIFF_INLINE bool any(vint mask) {
 }
 
 DPDIFF_INLINE float reduce_add(vfloat v) {
+#if defined(DPDIFF_AVX512)
+  return _mm512_reduce_add_ps((__m512)v);
+#else
   float total = 0;
   for (int i = 0; i < kWidth; ++i) total += v[i];
   return total;
+#endif
 }
 DPDIFF_INLINE float reduce_max(vfloat v) {
+#if defined(DPDIFF_AVX512)
+  return _mm512_reduce_max_ps((__m512)v);
+#else
   float best = v[0];
   for (int i = 1; i < kWidth; ++i) best = v[i] > best ? v[i] : best;
   return best;
+#endif
 }
 
 // a0 b0 a1 b1 ... of the first, and of the last, kWidth / 2 lanes.

@@ -246,7 +246,7 @@ def nearest_backward(
 
 @torch.library.triton_op("dpdiff_triton::prototype_statistics", mutates_args={})
 def prototype_statistics(
-    tokens: Tensor, prototypes: Tensor, metric: str, weights: Tensor | None
+    tokens: Tensor, prototypes: Tensor, metric: str, weights: Tensor | None, with_inertia: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     scores, indices, _ = _search(tokens.unsqueeze(0), prototypes, 1, metric, None, None, with_goodness=False)
     n_prototypes, d = prototypes.shape
@@ -260,6 +260,8 @@ def prototype_statistics(
                 order, starts, tokens, unused, weights_, tokens, unused, unused, prototypes, counts, sums, counts, d, 1,
                 GRADIENT=False, METRIC=metric, WEIGHTED=weights is not None, WITH_VALUES=False, **SUMS_TILE,
             )  # fmt: skip
+    if not with_inertia:
+        return counts.float(), sums, sums.new_zeros(())
     distances = scores.flatten().double()
     if metric != "l2":
         distances = (1 if metric == "cosine" else 0) - distances

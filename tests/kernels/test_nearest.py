@@ -381,6 +381,21 @@ def test_statistics(backend, metric, weighted, dtype):
     sums = assigned.T @ tokens.flatten(0, 1).double().numpy()
     np.testing.assert_allclose(result.sums.numpy(), sums, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(result.inertia.item(), (distances.min(1) * w).sum(), rtol=1e-5)
+    options = {"metric": metric, "weights": weights, "backend": backend}
+    without = dk.prototype_statistics(tokens, prototypes, with_inertia=False, **options)
+    assert torch.equal(without.counts, result.counts) and torch.equal(without.sums, result.sums)
+    assert without.inertia is None
+
+
+@backends
+def test_one_long_prototype_among_short_ones(backend):
+    """Every prototype's error is bounded by itself: here the largest one's bound would let all through."""
+    tokens, prototypes = random(300, 40), 1e-2 * random(200, 40, seed=1)
+    prototypes[7] = 1e3
+    scores, indices = dk.nearest_prototype(tokens, prototypes, k=3, metric="l2", backend=backend)
+    expected, found = brute_force(tokens, prototypes, "l2")[0], indices.numpy()
+    np.testing.assert_allclose(np.take_along_axis(expected, found, 1), np.sort(expected, 1)[:, :3], rtol=1e-6)
+    np.testing.assert_allclose(scores.numpy(), np.sort(expected, 1)[:, :3], rtol=1e-6)
 
 
 @backends
@@ -445,7 +460,7 @@ def test_opcheck(shared, metric):
     torch.library.opcheck(ops.nearest_backward.default, (*arguments, True, True))
     torch.library.opcheck(ops.nearest_backward.default, (*arguments, False, True))
     if shared:
-        torch.library.opcheck(ops.prototype_statistics.default, (tokens[0], prototypes, metric, None))
+        torch.library.opcheck(ops.prototype_statistics.default, (tokens[0], prototypes, metric, None, True))
 
 
 @native
