@@ -1,10 +1,10 @@
 """Compiles every GPU kernel ahead of time, on any machine, and reports what it takes:
 
-    python -m benchmarks.gpu_check [MODULE...] [--arch sm_90] [--sample 1] [--json FILE]
+    python -m benchmarks.gpu_check [MODULE or FILE.cu...] [--arch sm_90] [--sample 1] [--json FILE]
 
 Triton kernels: all variants that `variants(arch)` of the modules in dpdiff_kernels/triton lists, for sm_80, sm_90 and
-gfx942. CUDA files: csrc/cuda/*.cu by nvcc, where there is one, for sm_80 and sm_90a. Exits with 1 where something
-doesn't compile, spills registers, or takes more shared memory than a block may have.
+gfx942. CUDA files: csrc/cuda/*.cu by nvcc, where there is one, for sm_80 and sm_90a (of a sample, for the latter only).
+Exits with 1 where something doesn't compile, spills registers, or takes more shared memory than a block may have.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -98,24 +98,22 @@ def _name(variant) -> str:
     return variant.name or variant.kernel.fn.__name__
 
 
-def compile_cuda(file: Path) -> list[Report]:
-    """Every kernel of a file, with the flags of setup.py."""
+def compile_cuda(job: tuple[Path, str]) -> list[Report]:
+    """Every kernel of a file for one architecture, with the flags of setup.py."""
     from torch.utils.cpp_extension import include_paths
 
+    file, arch = job
     flags = ["-O3", "-std=c++17", "-DTORCH_TARGET_VERSION=0x020b000000000000", "-DUSE_CUDA", "-Xptxas", "-v"]
     flags += [f"-I{path}" for path in include_paths()]
-    reports = []
-    for arch, limit in CUDA_LIMITS.items():
-        with tempfile.TemporaryDirectory() as folder:
-            target = ["-gencode", f"arch={arch.replace('sm', 'compute')},code={arch}"]
-            done = subprocess.run(
-                ["nvcc", *flags, *target, "-c", file, "-o", Path(folder, "kernels.o")], capture_output=True, text=True
-            )
-        if done.returncode:
-            reason = next((line for line in done.stderr.splitlines() if "error" in line), "nvcc failed")
-            reports.append(Report(file.name, "", arch, "", limit, error=reason))
-        reports += parse_ptxas(done.stderr, file.name, arch, limit)
-    return reports
+    with tempfile.TemporaryDirectory() as folder:
+        target = ["-gencode", f"arch={arch.replace('sm', 'compute')},code={arch}"]
+        done = subprocess.run(
+            ["nvcc", *flags, *target, "-c", file, "-o", Path(folder, "kernels.o")], capture_output=True, text=True
+        )
+    if done.returncode:
+        reason = next((line for line in done.stderr.splitlines() if "error" in line), "nvcc failed")
+        return [Report(file.name, "", arch, "", CUDA_LIMITS[arch], error=reason)]
+    return parse_ptxas(done.stderr, file.name, arch, CUDA_LIMITS[arch])
 
 
 def parse_ptxas(text: str, source: str, arch: str, limit: int) -> list[Report]:
@@ -124,7 +122,7 @@ def parse_ptxas(text: str, source: str, arch: str, limit: int) -> list[Report]:
     for part in re.split(r"Compiling entry function '", text)[1:]:
         mangled = part.partition("'")[0]
         name = subprocess.run(["c++filt", mangled], capture_output=True, text=True).stdout.strip() or mangled
-        spills = sum(map(int, re.findall(r"(\d+) bytes spill stores", part)))
+        spills = sum(map(int, re.findall(r"(\d+) bytes spill stores", part)))  # with what the kernel calls
         shared = re.search(r"(\d+) bytes smem", part)
         registers = int(re.search(r"Used (\d+) registers", part)[1])
         kernel = re.sub(r"\(.*", "", name.replace("(anonymous namespace)::", "")).removeprefix("void ")
@@ -150,7 +148,7 @@ def table(reports: Sequence[Report]) -> Table:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("modules", nargs="*", metavar="MODULE", help="with variants() (default: all, and CUDA files)")
+    parser.add_argument("modules", nargs="*", metavar="MODULE", help="with variants(), or CUDA files (default: all)")
     parser.add_argument("--arch", action="append", help="of Triton kernels: sm_80, sm_90 or gfx942 (default: all)")
     parser.add_argument("--sample", type=int, metavar="N", help="variants of each kernel, evenly spread (default: all)")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: all cores)")
@@ -159,23 +157,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console(width=None if sys.stdout.isatty() else 160)
     reports: list[Report] = []
 
+    files = [Path(name) for name in args.modules if name.endswith(".cu")]
+    modules = [name for name in args.modules if not name.endswith(".cu")]
+    if not args.modules:
+        files = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+
     if importlib.util.find_spec("triton") is None:
         console.print("Triton kernels are skipped: triton is not installed")
-    else:
+    elif modules or not args.modules:
         from dpdiff_kernels.triton.launch import TARGETS
 
         unknown = set(args.arch or ()) - set(TARGETS)
         if unknown:
             parser.error(f"--arch {unknown.pop()}: expected {', '.join(TARGETS)}")
-        jobs = list(triton_jobs(args.modules or triton_modules(), args.arch or list(TARGETS), args.sample))
+        jobs = list(triton_jobs(modules or triton_modules(), args.arch or list(TARGETS), args.sample))
         with ProcessPoolExecutor(args.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
             reports += pool.map(compile_triton, jobs, chunksize=max(1, min(8, len(jobs) // (4 * args.jobs))))
-    files = [] if args.modules else sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
     if files and shutil.which("nvcc") is None:
         console.print("CUDA files are skipped: nvcc is not in PATH")
     elif files:
-        for found in map(compile_cuda, files):
-            reports += found
+        archs = [arch for arch in CUDA_LIMITS if not args.arch or arch.removesuffix("a") in args.arch]
+        with ThreadPoolExecutor(args.jobs) as pool:
+            for found in pool.map(compile_cuda, itertools.product(files, archs if args.sample is None else archs[-1:])):
+                reports += found
 
     console.print(table(reports))
     faults = [report for report in reports if report.fault]

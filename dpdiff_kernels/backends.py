@@ -3,7 +3,7 @@
 `reference` is plain PyTorch on any device; `cpp` is the native library on CPU tensors; `triton` and `cuda` are for
 CUDA tensors. The choice is, in this order: the operator's keyword `backend=`, the innermost `use_backend` block, the
 environment variable DPDIFF_BACKEND, and `auto`: the fastest implementation that the tensors' device and dtype allow,
-but for Triton, whose kernels were tested in its interpreter only and have to be asked for.
+but for Triton's and CUDA's, which have not run on a GPU yet and have to be asked for.
 """
 
 import os
@@ -62,7 +62,11 @@ def _find_triton() -> Backend:
 def _find_cuda() -> Backend:
     if not torch.cuda.is_available():
         return Backend(False, "torch sees no CUDA device")
-    return Backend(False, "no operator has a CUDA kernel in this version")
+    if not _LIBRARY:
+        return Backend(False, _LIBRARY.reason)
+    if not torch._C._dispatch_has_kernel_for_dispatch_key("dpdiff::sinkhorn", "CUDA"):
+        return Backend(False, f"{_LIBRARY.reason.partition(',')[0]} was built without DPDIFF_BUILD_CUDA=1")
+    return Backend(True, "sinkhorn, when asked for: its kernels were not yet measured on a GPU")
 
 
 _LIBRARY = _load_library()
@@ -136,8 +140,8 @@ def select(backend: str | None, implemented: tuple[str, ...], *tensors: torch.Te
         return backend
     if device == "cpu" and not _LIBRARY and "cpp" in implemented:
         _warn_once()
-    # The Triton kernels are tested in the interpreter only; until they have run on a GPU they have to be asked for.
-    return next(name for name in possible if name != "triton")
+    # GPU kernels are tested on CPUs only; until they have run on a GPU they have to be asked for.
+    return next(name for name in possible if name not in ("triton", "cuda"))
 
 
 @torch.compiler.assume_constant_result  # torch.compile need not look into how Triton is found

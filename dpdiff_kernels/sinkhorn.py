@@ -101,7 +101,7 @@ def sinkhorn(
         tau_a: relaxes the row marginal, in units of cost. None: balanced.
         tau_b: relaxes the column marginal.
         return_plan: False leaves `plan` None (and its memory unused, unless a gradient needs it).
-        backend: see `dpdiff_kernels.use_backend`.
+        backend: see `dpdiff_kernels.use_backend`. "cuda" takes up to 4,096 columns; its backward pass is Triton's.
 
     Returns:
         plan: (..., N, M).
@@ -146,7 +146,7 @@ def sinkhorn(
     if cost.dim() < 2:
         raise ValueError(f"cost has shape {tuple(cost.shape)}: expected (..., N, M)")
     _check_options(eps, n_iters, tol, tau_a, tau_b)
-    name = select(backend, ("triton", "cpp", "reference"), cost)
+    name = select(backend, ("cuda", "triton", "cpp", "reference"), cost)
 
     *batch, n, m = cost.shape
     size = math.prod(batch)
@@ -279,7 +279,8 @@ def _check_masses(a: Tensor, b: Tensor, dtype: torch.dtype, balanced: bool) -> N
 
 def _operators(backend: str) -> Any:
     """Where the functions of a backend are: all of them have those of `reference`, but for what its docstrings say."""
-    return {"reference": reference, "cpp": torch.ops.dpdiff, "triton": torch.ops.dpdiff_triton}[backend]
+    native, triton = torch.ops.dpdiff, torch.ops.dpdiff_triton
+    return {"reference": reference, "cpp": native, "cuda": native, "triton": triton}[backend]
 
 
 def _fake(cost, a, b, eps, n_iters, tol, tau_a, tau_b, return_plan):
@@ -386,3 +387,5 @@ if backends()["triton"]:
     import dpdiff_kernels.triton.sinkhorn_points  # noqa: F401, for what it registers; it imports triton.sinkhorn
 
     _register("dpdiff_triton")
+    if backends()["cuda"]:  # whose forward pass alone is CUDA C++
+        torch.library.register_kernel("dpdiff::sinkhorn_backward", "cuda", torch.ops.dpdiff_triton.sinkhorn_backward)

@@ -12,7 +12,16 @@ pytest.importorskip("triton")
 if not dk.backends()["triton"]:
     pytest.skip(dk.backends()["triton"].reason, allow_module_level=True)
 
+BACKENDS = ["triton", pytest.param("cuda", marks=pytest.mark.cuda_only)]
 TAUS = [(None, None), (0.5, None), (None, 0.8), (0.5, 0.8)]
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    """Of `sinkhorn`; what runs without a GPU of CUDA C++ is in tests/kernels/test_cuda_sources.py."""
+    if not dk.backends()[request.param]:
+        pytest.skip(dk.backends()[request.param].reason)
+    return request.param
 
 
 def problem(*shape, device, seed=0):
@@ -47,22 +56,22 @@ def assert_agrees(t, exact, potential=1e-6, plan=2e-5):
 
 @pytest.mark.parametrize("tau", TAUS)
 @pytest.mark.parametrize("eps", [10.0, 0.05, 1e-3, 1e-4])
-def test_costs_at_any_eps(device, eps, tau):
+def test_costs_at_any_eps(device, backend, eps, tau):
     inputs = problem(2, 37, 29, device=device)
     options = {"eps": eps, "n_iters": 4, "tau_a": tau[0], "tau_b": tau[1]}
-    t = dk.sinkhorn(*inputs, **options, backend="triton")
+    t = dk.sinkhorn(*inputs, **options, backend=backend)
     assert_agrees(t, in_float64(*inputs, **options), potential=max(1e-6, 1e-6 * eps))
-    bare = dk.sinkhorn(*inputs, **options, return_plan=False, backend="triton")
+    bare = dk.sinkhorn(*inputs, **options, return_plan=False, backend=backend)
     assert bare.plan is None and all(torch.equal(x, y) for x, y in zip(t[1:], bare[1:]))
 
 
 @pytest.mark.parametrize(
     "shape", [(1, 1), (1, 70), (70, 1), (3, 17, 300), (2, 2, 65, 16), (0, 3, 4), (2, 0, 3), (2, 3, 0)]
 )
-def test_costs_of_any_shape(device, shape):
+def test_costs_of_any_shape(device, backend, shape):
     cost = problem(*shape, device=device)[0]
     options = {"eps": 0.1, "n_iters": 3}
-    t, exact = dk.sinkhorn(cost, **options, backend="triton"), in_float64(cost, **options)
+    t, exact = dk.sinkhorn(cost, **options, backend=backend), in_float64(cost, **options)
     assert [x.shape for x in t] == [x.shape for x in exact]
     if cost.numel():
         assert_agrees(t, exact)
@@ -72,23 +81,23 @@ def test_costs_of_any_shape(device, shape):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_and_strides(device, dtype):
+def test_half_precision_and_strides(device, backend, dtype):
     cost = problem(2, 20, 2 * 17, device=device)[0].to(dtype)[..., ::2].mT
-    t = dk.sinkhorn(cost, n_iters=3, backend="triton")
+    t = dk.sinkhorn(cost, n_iters=3, backend=backend)
     assert t.plan.dtype == torch.float32
     assert_agrees(t, in_float64(cost, n_iters=3))
 
 
 @pytest.mark.parametrize("tau_a", [None, 0.5])
-def test_each_problem_stops_by_itself(device, tau_a):
+def test_each_problem_stops_by_itself(device, backend, tau_a):
     cost = problem(4, 20, 10, device=device)[0] * torch.tensor([0.05, 0.5, 1.0, 20.0], device=device)[:, None, None]
     options = {"eps": 0.1, "n_iters": 12, "tol": 1e-3 if tau_a is None else 4e-2, "tau_a": tau_a}
-    t = dk.sinkhorn(cost, **options, backend="triton")
+    t = dk.sinkhorn(cost, **options, backend=backend)
     assert len(t.n_iters.unique()) >= 2 and t.n_iters[3] == 12
     assert_agrees(t, in_float64(cost, **options), potential=2e-5)
 
 
-def test_zero_weights_forbidden_and_infeasible_pairs(device):
+def test_zero_weights_forbidden_and_infeasible_pairs(device, backend):
     cost, a, b = problem(3, 8, 6, device=device)
     a[:, 1] = b[:, 2] = 0
     a, b = a / a.sum(-1, keepdim=True), b / b.sum(-1, keepdim=True)
@@ -97,29 +106,29 @@ def test_zero_weights_forbidden_and_infeasible_pairs(device):
     cost[2, :, 0] = math.inf  # a column that nothing reaches
     for eps, tol in ((0.1, None), (1e-3, None), (0.1, 1e-3)):
         options = {"eps": eps, "n_iters": 6, "tol": tol}
-        t = dk.sinkhorn(cost, a, b, **options, backend="triton")
+        t = dk.sinkhorn(cost, a, b, **options, backend=backend)
         assert_agrees(t, in_float64(cost, a, b, **options))
         assert t.f[1, 4] == math.inf and t.g[2, 0] == math.inf and (t.value[1:] == math.inf).all()
         assert not t.plan[cost == math.inf].any() and t.error[1] >= 0.99 * a[1, 4]
     relaxed = {"eps": 0.1, "n_iters": 30, "tau_a": 0.2, "tau_b": 0.2, "tol": 1e-2}
-    assert_agrees(dk.sinkhorn(cost, a, b, **relaxed, backend="triton"), in_float64(cost, a, b, **relaxed))
+    assert_agrees(dk.sinkhorn(cost, a, b, **relaxed, backend=backend), in_float64(cost, a, b, **relaxed))
 
 
 @pytest.mark.parametrize("bad", [math.nan, -math.inf])
 @pytest.mark.parametrize("where", ["cost", "a", "b"])
-def test_meaningless_input_makes_its_problem_nan_and_no_other(device, bad, where):
+def test_meaningless_input_makes_its_problem_nan_and_no_other(device, backend, bad, where):
     inputs = dict(zip(("cost", "a", "b"), problem(3, 5, 4, device=device)))
-    expected = dk.sinkhorn(**inputs, n_iters=4, tol=1e-3, backend="triton")
+    expected = dk.sinkhorn(**inputs, n_iters=4, tol=1e-3, backend=backend)
     inputs[where] = inputs[where].clone()
     inputs[where][1].view(-1)[2] = bad if where == "cost" else abs(bad)
-    t = dk.sinkhorn(**inputs, n_iters=4, tol=1e-3, backend="triton")
+    t = dk.sinkhorn(**inputs, n_iters=4, tol=1e-3, backend=backend)
     for name, x, y in zip(t._fields, t, expected):
         assert_close(x[[0, 2]], y[[0, 2]])
         if name != "n_iters":
             assert x[1].isnan().all(), name
 
 
-def test_nothing_is_read_beyond_the_edges(device):
+def test_nothing_is_read_beyond_the_edges(device, backend):
     """Views into larger arrays of NaN."""
     cost, a, b = problem(1, 21, 19, device=device)
     surrounded = []
@@ -127,7 +136,7 @@ def test_nothing_is_read_beyond_the_edges(device):
         room = torch.full((x.numel() + 2 * 512,), math.nan, device=device)
         room[512:-512] = x.flatten()
         surrounded.append(room[512:-512].view(x.shape))
-    t = dk.sinkhorn(*surrounded, n_iters=2, tol=1e-9, backend="triton")
+    t = dk.sinkhorn(*surrounded, n_iters=2, tol=1e-9, backend=backend)
     assert_agrees(t, in_float64(cost, a, b, n_iters=2, tol=1e-9))
 
 
@@ -143,15 +152,15 @@ def gradients(inputs, backend, outputs, dtype, **options):
     return torch.autograd.grad(total, leaves)
 
 
-def assert_gradients_agree(inputs, outputs=("plan", "f", "g", "cost", "value"), rtol=2e-4, **options):
-    results = gradients(inputs, "triton", outputs, torch.float32, **options)
+def assert_gradients_agree(inputs, outputs=("plan", "f", "g", "cost", "value"), rtol=2e-4, backend="triton", **options):
+    results = gradients(inputs, backend, outputs, torch.float32, **options)
     for x, y in zip(results, gradients(inputs, "reference", outputs, torch.float64, **options)):
         assert_close(x.double(), y, rtol=rtol, atol=rtol * y.abs().max().item() if y.numel() else 0.0)
 
 
 @pytest.mark.parametrize("outputs", [("plan",), ("f",), ("g", "cost"), ("value",), ("plan", "f", "g", "cost", "value")])
-def test_gradients(device, outputs):
-    assert_gradients_agree(problem(2, 21, 18, device=device), outputs, eps=0.1, n_iters=3)
+def test_gradients(device, backend, outputs):
+    assert_gradients_agree(problem(2, 21, 18, device=device), outputs, backend=backend, eps=0.1, n_iters=3)
 
 
 @pytest.mark.parametrize("tau", TAUS[1:])
@@ -277,9 +286,9 @@ def test_opcheck_of_points(device):
     torch.library.opcheck(ops.sinkhorn_apply_backward.default, (grad, x, y, h_x, h_y, v, 0.5, "cosine"))
 
 
-def test_same_bits_every_time(device):
+def test_same_bits_every_time(device, backend):
     inputs = problem(2, 40, 33, device=device)
-    first, second = (dk.sinkhorn(*inputs, n_iters=3, tol=1e-6, backend="triton") for _ in range(2))
+    first, second = (dk.sinkhorn(*inputs, n_iters=3, tol=1e-6, backend=backend) for _ in range(2))
     assert all(torch.equal(x, y) for x, y in zip(first, second))
 
 
@@ -297,12 +306,12 @@ def test_compiles_whole(device):
 
 
 @pytest.mark.cuda_only
-def test_cuda_graph(device):
+def test_cuda_graph(device, backend):
     cost, a, b = problem(4, 200, 128, device=device)
     cost.requires_grad_()
 
     def run():
-        t = dk.sinkhorn(cost, a, b, n_iters=5, tol=1e-4, return_plan=False)
+        t = dk.sinkhorn(cost, a, b, n_iters=5, tol=1e-4, return_plan=False, backend=backend)
         return t.f, t.value, *torch.autograd.grad(t.f.square().sum() + t.value.sum(), cost)
 
     stream = torch.cuda.Stream()
@@ -318,14 +327,38 @@ def test_cuda_graph(device):
 
 
 @pytest.mark.cuda_only
-@pytest.mark.parametrize("shape", [(256, 784, 128), (1, 4096, 4096), (2, 5000, 300), (512, 32, 32)])
-def test_large_problems(device, shape):
+@pytest.mark.parametrize(
+    "shape",
+    # in one block, in clusters of 2 to 8, and beyond shared memory
+    [(256, 784, 128), (3, 784, 128), (512, 32, 32), (8, 900, 200), (2, 400, 500), (2, 5000, 300), (1, 4096, 4096)],
+)
+def test_large_problems(device, backend, shape):
     inputs = problem(*shape, device=device)
-    for backend in (name for name in ("triton", "cuda") if dk.backends()[name]):
-        for eps in (0.05, 1e-3):
-            t = dk.sinkhorn(*inputs, eps=eps, n_iters=20, backend=backend)
-            assert_agrees(t, in_float64(*inputs, eps=eps, n_iters=20))
-    assert_gradients_agree([x[:2] for x in inputs], eps=0.05, n_iters=5, rtol=1e-3)
+    for eps in (0.05, 1e-3):
+        t = dk.sinkhorn(*inputs, eps=eps, n_iters=20, backend=backend)
+        assert_agrees(t, in_float64(*inputs, eps=eps, n_iters=20))
+    assert_gradients_agree([x[:2] for x in inputs], eps=0.05, n_iters=5, rtol=1e-3, backend=backend)
+
+
+@pytest.mark.cuda_only
+def test_too_many_columns_for_cuda(device):
+    if dk.backends()["cuda"]:
+        with pytest.raises(RuntimeError, match="at most 4096 columns"):
+            dk.sinkhorn(torch.rand(1, 3, 4097, device=device), backend="cuda")
+
+
+@pytest.mark.cuda_only
+def test_cuda_runs_on_the_current_stream_and_the_device_of_its_inputs(device, backend):
+    inputs = problem(2, 40, 33, device=device)
+    expected = dk.sinkhorn(*inputs, n_iters=3, backend=backend)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)
+        results = dk.sinkhorn(*(x + 0 for x in inputs), n_iters=3, backend=backend)
+    assert not stream.query()  # else it ran elsewhere, or waited for the device
+    stream.synchronize()
+    assert all(torch.equal(x, y) for x, y in zip(results, expected))
 
 
 @pytest.mark.cuda_only

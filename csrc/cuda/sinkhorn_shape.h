@@ -1,0 +1,102 @@
+// How a batch of Sinkhorn problems is spread over a GPU: what the kernels, their launch and their tests agree on.
+#pragma once
+
+#include <stdint.h>
+
+#ifdef __CUDACC__
+#define DPDIFF_BOTH __host__ __device__
+#else
+#define DPDIFF_BOTH
+#endif
+
+namespace dpdiff {
+
+// A batch of costs (n, m) with weights (n,) and (m,), and where the results go.
+struct SinkhornTask {
+  const float *cost, *a, *b;
+  float *plan, *f, *g, *total, *value, *error;  // plan may be null
+  int64_t* used;
+  float* room;  // the blocks' rows, where shared memory is too small for them
+  int n, m;
+  int64_t n_iters;
+  double eps, tol, tau_a, tau_b;  // tol 0: none; tau infinity: balanced
+};
+
+// What a block of threads may have, in bytes of shared memory, and whether blocks form clusters.
+struct SinkhornDevice {
+  int per_block, per_multiprocessor, multiprocessors;
+  bool clusters;
+};
+
+constexpr int kMostColumns = 4096, kMostSharedColumns = 512, kMostWarps = 8;
+
+// The rows of a problem are divided among the blocks of a cluster. `lanes` threads share a row, each with `quads` groups of
+// four columns, and take 8 / quads rows at once.
+struct SinkhornShape {
+  int lanes, quads;
+  int size, threads;  // blocks of a cluster, threads of a block
+  int rows, width;    // of a block, both padded
+  bool shared;        // whether the rows are in shared memory, or in global memory
+  bool relaxed_a, relaxed_b;
+
+  DPDIFF_BOTH int span() const { return lanes > 32 ? 8 / quads : 8 / quads * (32 / lanes); }  // rows of a warp, or a block
+  DPDIFF_BOTH int warps() const { return threads / 32; }
+
+  // Floats of all that is known of the rows and of the columns but the kernel, of a board, of all in shared memory but the
+  // rows, and of the rows.
+  DPDIFF_BOTH int64_t side_of_rows() const { return int64_t(relaxed_a ? 8 : 5) * rows; }
+  DPDIFF_BOTH int64_t side_of_columns() const { return int64_t(relaxed_b ? 8 : 6) * width; }
+  DPDIFF_BOTH int board() const { return 16 + width; }
+  DPDIFF_BOTH int64_t columns() const {
+    const int partial = lanes > 32 ? 0 : warps() * width;
+    return 2 * board() + side_of_columns() + partial + kMostWarps * 16;
+  }
+  DPDIFF_BOTH int64_t of_rows() const { return int64_t(rows) * width + side_of_rows(); }
+  int64_t bytes() const { return 4 * (columns() + (shared ? of_rows() : 0)); }
+};
+
+inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+inline SinkhornShape sinkhorn_shape_of(int n, int m, bool relaxed_a, bool relaxed_b, int size, bool shared) {
+  SinkhornShape shape{};
+  if (shared) {
+    shape.lanes = m <= 32 ? 8 : m <= 64 ? 16 : 32;
+    shape.quads = m <= 128 ? 1 : m <= 256 ? 2 : 4;
+  } else {
+    shape.lanes = m <= 512 ? 32 : 32 * kMostWarps;
+    shape.quads = 4;
+  }
+  shape.size = size;
+  const int spans = ceil_div(ceil_div(n, size), shape.span());
+  shape.rows = ceil_div(spans * shape.span(), 4) * 4;  // whatever follows begins at a multiple of 16 bytes
+  shape.width = ceil_div(m, 4) * 4;
+  // as few warps as take no more rounds than the most would
+  const int rounds = ceil_div(spans, kMostWarps) > 0 ? ceil_div(spans, kMostWarps) : 1;
+  const int warps = ceil_div(spans, rounds) > 0 ? ceil_div(spans, rounds) : 1;
+  shape.threads = shape.lanes > 32 ? shape.lanes : 32 * warps;
+  shape.shared = shared;
+  shape.relaxed_a = relaxed_a, shape.relaxed_b = relaxed_b;
+  return shape;
+}
+
+// The smallest cluster of which two blocks share a multiprocessor, so that one computes while the other waits; else the
+// smallest that fits at all; larger ones where the batch leaves multiprocessors idle. What fits nowhere stays in global
+// memory, and in the L2 cache as far as that goes.
+inline SinkhornShape sinkhorn_shape(int64_t batch, int n, int m, bool relaxed_a, bool relaxed_b,
+                                    const SinkhornDevice& device) {
+  constexpr int kLargest = 8, kLeastRows = 32;
+  const int largest = device.clusters ? kLargest : 1;
+  const int reserved = 1024;  // of each block, for the system
+  int size = 0;
+  for (int64_t limit : {int64_t(device.per_multiprocessor / 2 - reserved), int64_t(device.per_block)}) {
+    for (int s = 1; s <= largest && size == 0 && m <= kMostSharedColumns; s *= 2) {
+      if (sinkhorn_shape_of(n, m, relaxed_a, relaxed_b, s, true).bytes() <= limit) size = s;
+    }
+  }
+  const bool shared = size > 0;
+  if (!shared) size = largest;
+  while (2 * size <= largest && 2 * size * batch <= device.multiprocessors && n >= 2 * size * kLeastRows) size *= 2;
+  return sinkhorn_shape_of(n, m, relaxed_a, relaxed_b, size, shared);
+}
+
+}  // namespace dpdiff

@@ -1,0 +1,59 @@
+// csrc/cuda/sinkhorn.cuh, compiled for the host and run on fibers.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+
+#include "host_team.h"
+#include "sinkhorn.cuh"
+
+namespace dpdiff {
+namespace {
+
+template <int kLanes, int kQuads>
+void solve(const SinkhornTask& task, const SinkhornShape& shape, int64_t problem, unsigned seed) {
+  HostBlocks blocks(shape.size, shape.threads, 2 * shape.board() * sizeof(float), seed);
+  // Neither more memory than the kernel asks for, nor anything in it.
+  const int64_t columns = shape.columns() - 2 * shape.board(), all = columns + shape.of_rows();
+  const float guard = 12345.0f;
+  std::vector<std::vector<float>> memory(shape.size, std::vector<float>(all + 16, NAN));
+  for (auto& block : memory) std::fill(block.begin() + all, block.end(), guard);
+  blocks.run([&](int rank, int thread) {
+    const HostTeam team(blocks, rank, thread);
+    float* shared = memory[rank].data();
+    typedef Sinkhorn<HostTeam, kLanes, kQuads> Solver;
+    Solver slow(team, task, shape, problem, shared, shared + columns);
+    Solver::solve(slow, Solver(team, task, shape, problem, shared, shared + columns));
+  });
+  for (const auto& block : memory) {
+    if (std::count(block.begin() + all, block.end(), guard) != 16) throw std::runtime_error("written beyond the end");
+  }
+}
+
+}  // namespace
+}  // namespace dpdiff
+
+using namespace dpdiff;
+
+// On clusters of `size` blocks, whose rows are in shared or in global memory. Returns false, and says why, where something
+// went wrong.
+extern "C" bool sinkhorn(const SinkhornTask* task, int64_t batch, int size, bool shared, unsigned seed) {
+  const SinkhornShape shape = sinkhorn_shape_of(task->n, task->m, task->tau_a < INFINITY, task->tau_b < INFINITY, size, shared);
+  const auto run = shape.lanes == 8    ? solve<8, 1>
+                   : shape.lanes == 16 ? solve<16, 1>
+                   : shape.lanes > 32  ? solve<32 * kMostWarps, 4>
+                   : shape.quads == 1  ? solve<32, 1>
+                   : shape.quads == 2  ? solve<32, 2>
+                                       : solve<32, 4>;
+  try {
+    for (int64_t problem = 0; problem < batch; ++problem) run(*task, shape, problem, seed);
+  } catch (const std::exception& error) {
+    fprintf(stderr, "%s\n", error.what());
+    return false;
+  }
+  return true;
+}
+
+extern "C" SinkhornShape shape(int64_t batch, int n, int m, bool relaxed, SinkhornDevice device) {
+  return sinkhorn_shape(batch, n, m, relaxed, relaxed, device);
+}
+extern "C" int64_t shared_bytes(SinkhornShape shape) { return shape.bytes(); }
