@@ -64,8 +64,9 @@ class Detector(nn.Module):
         """Sets what is computed rather than learnt; `batches()` goes through what `reduce` gave for `n_images`."""
 
     def between_steps(self, step: int, features: Tensor, epoch_steps: int, average: nn.Module) -> None:
-        """Before step `step`, on features (B, ...). `epoch_steps` go through all images once; `average` is the denoiser
-        with the weights that count: the running mean, where there is one."""
+        """Before step `step`, on features (B, ...). `epoch_steps` go through all images once, or are a tenth of
+        training where that is less; `average` is the denoiser with the weights that count: the running mean, where
+        there is one."""
 
     def losses(self, features: Tensor, draws: Draws | None = None) -> dict[str, Tensor]:
         """Losses of features (B, ...): "loss", what to minimise, and its parts, all scalars."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -16,8 +16,10 @@ from dpdiff.detector import Detector, Prediction, check_images
 from dpdiff.diffusion import Diffusion
 from dpdiff.draws import Draws
 
-SCORES = ("mse", "mfsim", "lr")
+SCORES = ("ratio", "mse", "mfsim", "lr")
 _EPS = 1e-6  # of variances
+_LEAST_SCALE = 1e-3  # of what hardly varies over the training images; a stage's part has variance 1
+_TIMESTEP_DIM = 128
 
 
 class DLSR(Detector):
@@ -34,9 +36,13 @@ class DLSR(Detector):
         backbone, layers, backbone_weights, pretrained: see `Backbone`; layers None is every stage of a CNN.
         image_size: side in pixels to which images are resized.
         score: "mse", the squared error of the reconstruction; "mfsim", minus the cosine similarity of each stage's part
-            of the vector and its reconstruction, averaged over stages; "lr", the error of the model as it was after the
-            first pass over the training images minus that of the final one, for which both sets of weights are kept.
-        hidden: width of the denoiser; twice the vector's length when None. depth: its residual blocks.
+            of the vector and its reconstruction, averaged over stages; "lr", the paper's likelihood regret, the error
+            of the model as it was after the first pass over the training images minus that of the final one, which
+            tells images that are far out, but of near ones is smaller than of those in distribution, which gain most
+            from training; "ratio", the final error over the first one, larger out of distribution near and far. The
+            last two keep both sets of weights.
+        hidden: width of the denoiser; twice the vector's length when None. depth: its residual blocks; the paper's
+            has 16.
         n_timesteps: of the diffusion, whose noise levels are those of the paper's code for 100.
         timestep: to which inference noises vectors; n_steps: DDIM steps back from there; n_samples: noise samples over
             which the score is averaged.
@@ -46,8 +52,8 @@ class DLSR(Detector):
         OSError: pretrained weights can't be had.
     """
 
-    TRAINING: ClassVar = {"max_steps": 3_000, "batch_size": 64, "lr": 5e-4, "weight_decay": 0.05}
-    ema_decay = 0.999
+    TRAINING: ClassVar = {"max_steps": 600, "batch_size": 64, "lr": 1e-3, "weight_decay": 0.05}
+    ema_decay = 0.99
 
     def __init__(
         self,
@@ -56,13 +62,13 @@ class DLSR(Detector):
         backbone_weights: str | None = None,
         pretrained: bool = True,
         image_size: int = 224,
-        score: str = "mse",
+        score: str = "ratio",
         hidden: int | None = None,
-        depth: int = 16,
+        depth: int = 2,
         n_timesteps: int = 100,
-        timestep: int = 50,
+        timestep: int = 60,
         n_steps: int = 1,
-        n_samples: int = 4,
+        n_samples: int = 1,
     ) -> None:
         super().__init__()
         arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
@@ -72,7 +78,10 @@ class DLSR(Detector):
         self.config["layers"] = list(self.backbone.layers)
         dim = sum(self.backbone.channels)
         self.denoiser = VectorDenoiser(dim, 2 * dim if hidden is None else hidden, depth)
-        self.first_denoiser = copy.deepcopy(self.denoiser).requires_grad_(False) if score == "lr" else None
+        compares = score in ("lr", "ratio")
+        self.first_denoiser = copy.deepcopy(self.denoiser).requires_grad_(False) if compares else None
+        self.register_buffer("mean", torch.zeros(dim))  # of the training images
+        self.register_buffer("scale", torch.ones(dim))
         self.diffusion = Diffusion(n_timesteps, "scaled_linear", (0.0015, 0.0195))
         # The same noise for every image: a score depends on the image alone, not on its batch or on a seed.
         noise = torch.randn(n_samples, dim, generator=torch.Generator().manual_seed(0))
@@ -83,9 +92,22 @@ class DLSR(Detector):
         return [torch.cat([m.mean((-2, -1)) for m in maps], 1)]
 
     def encode(self, reduced: Sequence[Tensor]) -> Tensor:
-        """Averages [(B, D)] -> features (B, D) float32, in which each stage's part has mean 0 and variance 1."""
+        """Averages [(B, D)] -> features (B, D) float32: each stage's part with mean 0 and variance 1, as in the paper,
+        and of that each number with mean 0 and variance 1 over the training images."""
+        return (self._normalise(reduced) - self.mean) / self.scale
+
+    def _normalise(self, reduced: Sequence[Tensor]) -> Tensor:
         parts = reduced[0].float().split(self.backbone.channels, 1)
         return torch.cat([F.layer_norm(part, part.shape[1:], eps=_EPS) for part in parts], 1)
+
+    @torch.no_grad()
+    def initialise(
+        self, batches: Callable[[], Iterable[list[Tensor]]], n_images: int, generator: torch.Generator
+    ) -> None:
+        """Sets mean and scale over the training images."""
+        x = torch.cat([self._normalise(reduced) for reduced in batches()]).to(self.mean.device)
+        self.mean.copy_(x.mean(0))
+        self.scale.copy_(x.std(0, correction=0).clamp_min(_LEAST_SCALE))
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
@@ -104,7 +126,7 @@ class DLSR(Detector):
 
     @torch.no_grad()
     def between_steps(self, step: int, features: Tensor, epoch_steps: int, average: nn.Module) -> None:
-        """Keeps the weights after the first epoch, for the score "lr"."""
+        """Keeps the weights after the first epoch, for the scores that compare with them."""
         if step == epoch_steps and self.first_denoiser is not None:
             self.first_denoiser.load_state_dict(average.state_dict())
 
@@ -112,9 +134,10 @@ class DLSR(Detector):
     def score(self, features: Tensor) -> Tensor:
         """Features (B, D) -> scores (B,) float32, larger is more out of distribution."""
         kind = self.config["score"]
-        if kind == "lr":
-            return self._error(self.first_denoiser, features) - self._error(self.denoiser, features)
-        return self._error(self.denoiser, features, kind)
+        if kind in ("mse", "mfsim"):
+            return self._error(self.denoiser, features, kind)
+        final, first = (self._error(denoiser, features) for denoiser in (self.denoiser, self.first_denoiser))
+        return first - final if kind == "lr" else final / first.clamp_min(_EPS)
 
     @torch.no_grad()
     def predict(self, images: Tensor) -> Prediction:
@@ -153,8 +176,8 @@ class VectorDenoiser(nn.Module):
     def __init__(self, dim: int, hidden: int, depth: int) -> None:
         super().__init__()
         self.embed = nn.Linear(dim, hidden)
-        self.embed_timestep = TimestepEmbedding(dim)
-        self.blocks = nn.ModuleList(VectorBlock(hidden, dim) for _ in range(depth))
+        self.embed_timestep = TimestepEmbedding(_TIMESTEP_DIM)
+        self.blocks = nn.ModuleList(VectorBlock(hidden, _TIMESTEP_DIM) for _ in range(depth))
         self.norm = nn.LayerNorm(hidden)
         self.out = nn.Linear(hidden, dim)
         nn.init.zeros_(self.out.weight)

@@ -123,6 +123,7 @@ def train(
     samples: Sequence[Sample],
     out: str | os.PathLike,
     *,
+    features: FeatureCache | None = None,
     max_steps: int | None = None,
     batch_size: int | None = None,
     accumulate: int = 1,
@@ -147,6 +148,7 @@ def train(
         samples: the normal images; their categories are not used.
         out: folder. Besides the weights it gets `last.ckpt` (what resuming needs), `metrics.csv` (the losses) and
             `features` (what the model needs of the backbone's feature maps).
+        features: of the samples, in their order, where they are known already.
         max_steps: optimiser steps, whatever the number of images; the model's own (`model.TRAINING`) when None, and so
             for the next ones. batch_size: images at a time on a device. accumulate: batches per step. lr: AdamW's peak
             learning rate, after a warm-up and before a cosine decay to zero. weight_decay: of weight matrices.
@@ -177,15 +179,16 @@ def train(
     L.seed_everything(seed, verbose=False)
     show = progress and sys.stderr.isatty()
 
-    features = FeatureCache(
-        samples,
-        model.backbone,
-        model.image_size,
-        out / "features",
-        num_workers=num_workers,
-        progress=_tracker("Features", show),
-        reduce=model.reduce,
-    )
+    if features is None:
+        features = FeatureCache(
+            samples,
+            model.backbone,
+            model.image_size,
+            out / "features",
+            num_workers=num_workers,
+            progress=_tracker("Features", show),
+            reduce=model.reduce,
+        )
     checkpoint = out / CHECKPOINT
     resumed = resume and checkpoint.is_file()
     if not resumed and rank_zero_only.rank == 0:  # the others are sent it
@@ -220,6 +223,7 @@ def train(
         if compile:
             model.denoiser.compile()
         epoch_steps = -(-len(features) // (batch_size * accumulate * trainer.world_size))
+        epoch_steps = min(epoch_steps, max(1, max_steps // 10))  # of many images training may see each but once
         training = Training(model, batches, max_steps, epoch_steps, lr, numbers["weight_decay"], seed)
         try:
             trainer.fit(training, loader, ckpt_path=checkpoint if resumed else None, weights_only=True)

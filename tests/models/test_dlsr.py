@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from stripes import SIZE, as_batch, striped
 
 import dpdiff
+from dpdiff.dlsr import SCORES
 from dpdiff.training import train
 
 
@@ -91,18 +92,20 @@ def test_mfsim(make, images):
     torch.testing.assert_close(model.predict(images).scores, -torch.stack(similarities).mean(0), rtol=1e-4, atol=1e-5)
 
 
-def test_lr(make, images):
-    model = moved(make(score="lr"))
+@pytest.mark.parametrize("score", ["lr", "ratio"])
+def test_comparison_with_the_first_epoch(make, images, score):
+    model = moved(make(score=score))
     x = model.features(images)
     first, final = (
         torch.stack([(r - x).square().mean(1) for r in reconstructions(model, denoiser, x)]).mean(0)
         for denoiser in (model.first_denoiser, model.denoiser)
     )
     assert (first - final).abs().max() > 0.01
-    torch.testing.assert_close(model.predict(images).scores, first - final, rtol=1e-4, atol=1e-4)
+    expected = first - final if score == "lr" else final / first
+    torch.testing.assert_close(model.predict(images).scores, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("score", ["mse", "mfsim", "lr"])
+@pytest.mark.parametrize("score", SCORES)
 def test_a_score_depends_on_the_image_alone(make, images, score):
     model = moved(make(score=score, n_steps=3))
     together = model.predict(images).scores
@@ -110,7 +113,28 @@ def test_a_score_depends_on_the_image_alone(make, images, score):
         torch.testing.assert_close(model.predict(image[None]).scores, together[i : i + 1], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("score", ["mse", "mfsim"])
+def test_features_of_the_training_images_are_standardised(make, products, tmp_path):
+    """Each number over the images, after each image's stages."""
+    model = make()
+    train(model, products(12), tmp_path / "out", max_steps=1, batch_size=4, accelerator="cpu", precision="32-true")
+    features = model.features(as_batch([striped(i) for i in range(12)]))
+    varying = model.scale > 0.01
+    assert varying.float().mean() > 0.9
+    torch.testing.assert_close(features.mean(0)[varying], torch.zeros(varying.sum()), rtol=0, atol=0.05)
+    torch.testing.assert_close(features.std(0, correction=0)[varying], torch.ones(varying.sum()), rtol=0.05, atol=0)
+
+
+def test_the_same_seed_gives_the_same_scores(make, products, tmp_path):
+    settings = dict(max_steps=6, batch_size=4, accelerator="cpu", precision="32-true")
+    images = as_batch([striped(200), spotted(200)])
+    scores = [
+        train(make(), products(12), tmp_path / str(i), seed=seed, **settings).predict(images).scores
+        for i, seed in enumerate((3, 3, 4))
+    ]
+    assert torch.equal(scores[0], scores[1]) and not torch.equal(scores[0], scores[2])
+
+
+@pytest.mark.parametrize("score", SCORES)
 def test_learns_to_tell_other_images(make, products, tmp_path, score):
     model = make(score=score, hidden=96)
     settings = dict(max_steps=150, batch_size=16, lr=2e-3, accelerator="cpu", precision="32-true")
@@ -124,8 +148,8 @@ def test_learns_to_tell_other_images(make, products, tmp_path, score):
     assert loaded.config == model.config
 
 
-def test_the_first_epoch_is_kept_for_lr_only(make, products, tmp_path):
-    model = make(score="lr")
+def test_the_first_epoch_is_kept_for_scores_that_need_it(make, products, tmp_path):
+    model = make(score="ratio")
     kept = []
     original = model.first_denoiser.load_state_dict
     model.first_denoiser.load_state_dict = lambda state: kept.append(copy.deepcopy(state)) or original(state)

@@ -1,0 +1,61 @@
+"""DLSR at its default size: what scoring costs beside its backbone, and training on cached features:
+
+    pytest benchmarks/model/bench_dlsr.py [--device cuda] [--threads 1]
+
+Scoring is to add at most a tenth to the time of the backbone, whose ratio then is 10 or more. Weights and
+inputs are random: the time doesn't depend on them.
+"""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+
+from dpdiff import DLSR
+
+ours = pytest.mark.parametrize("contender", ["dpdif"])
+
+
+@pytest.fixture(scope="module")
+def model(device) -> DLSR:
+    torch.manual_seed(0)
+    return DLSR(pretrained=False).to(device).eval()
+
+
+def vectors(model: DLSR, n: int) -> torch.Tensor:
+    return torch.randn(n, len(model.mean), generator=torch.Generator().manual_seed(0)).to(model.mean.device)
+
+
+@pytest.mark.parametrize("contender", ["dpdif", "backbone"])
+@pytest.mark.parametrize("batch", [1, 16])
+def test_share_of_scoring(measure, model, device, batch, contender):
+    """`predict` without its backbone, and the backbone."""
+    images = torch.rand(batch, 3, model.image_size, model.image_size, device=device)
+    x = vectors(model, batch)
+    run = (lambda: model.score(x)) if contender == "dpdif" else (lambda: model.backbone(images))
+    with torch.inference_mode():
+        measure(f"scoring {batch} images", run)
+
+
+@ours
+def test_scoring_many(measure, model, contender):
+    x = vectors(model, 10_000)
+    with torch.inference_mode():
+        measure("scoring 10,000 cached vectors", lambda: model.score(x))
+
+
+@ours
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_training_step(measure, model, device, precision, contender):
+    batch = model.TRAINING["batch_size"]
+    x = vectors(model, batch)
+    optimizer = torch.optim.AdamW(model.denoiser.parameters(), lr=1e-5)
+
+    def step():
+        with torch.autocast(device, torch.bfloat16) if precision == "bfloat16" else nullcontext():
+            loss = model.losses(x)["loss"]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    measure(f"training step, {batch} cached vectors, {precision}", step)
