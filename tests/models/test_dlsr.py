@@ -163,7 +163,7 @@ def test_the_first_epoch_is_kept_for_scores_that_need_it(make, products, tmp_pat
 
 @pytest.mark.parametrize(
     "options",
-    [dict(score="auc"), dict(timestep=100), dict(timestep=-1), dict(depth=0), dict(n_steps=52), dict(hidden=0)],
+    [dict(score="auc"), dict(timestep=100), dict(timestep=-1), dict(depth=0), dict(n_steps=62), dict(hidden=0)],
 )
 def test_arguments_out_of_range(make, options):
     (name,) = options
