@@ -47,7 +47,8 @@ void search_image(const Nearest& in, int64_t image, const int32_t* rows, int64_t
         search.run(tokens + token * d, size, matches + token * k);
         if (!last) continue;
         for (int64_t i = token * k; i < (token + size) * k; ++i) {
-          if (scores != nullptr) scores[i] = float(in.metric == Metric::l2 ? -matches[i].goodness : matches[i].goodness);
+          const double goodness = matches[i].goodness;
+          if (scores != nullptr) scores[i] = float(in.metric == Metric::l2 ? -goodness : goodness);
           indices[i] = matches[i].index;
         }
         for (int64_t i = token; values != nullptr && i < token + size; ++i) {

@@ -50,7 +50,8 @@ struct Term {
 // The same for up to eight terms and channels that fill kVectors vectors, or one that n don't fill. Rows lie anywhere in
 // memory: the next eight are on their way meanwhile.
 template <int kVectors, typename T>
-DPDIFF_INLINE void add_terms(double* sum, const Term<T>* terms, int64_t n_terms, int64_t n_ahead, int64_t channel, int64_t n) {
+DPDIFF_INLINE void add_terms(double* sum, const Term<T>* terms, int64_t n_terms, int64_t n_ahead, int64_t channel,
+                             int64_t n) {
   vfloat totals[kVectors] = {};
   for (int64_t r = 0; r < n_terms; ++r) {
     const T* row = terms[r].row + channel;

@@ -1,6 +1,6 @@
 // The search itself: screen, shortlist, score the shortlist exactly. Included by nearest_kernels.h.
 //
-// Screening computes every key with an error of at most `error`, which is proven (see `error`). A prototype whose
+// Screening computes every key with an error of at most `error`, which is proven there. A prototype whose
 // key plus error stays below the k-th best of the keys minus their errors can't be among the k best; all others are
 // scored in double. So the answer is exact whatever the screening's precision, and where no bound can be given (NaN,
 // overflow) the error is infinite and everything is scored in double.
@@ -40,7 +40,12 @@ class Search {
   // decide: a candidate that is left alone is the match, with a goodness that means nothing. Only where the bank holds
   // all prototypes, k = 1, and indices alone are wanted.
   Search(const Bank<T, Screen>& bank, int64_t k, bool decide)
-      : bank_(bank), k_(k), decide_(decide), rows_(kBlock * bank.stride()), shortlists_(kBlock * kShortlist), lows_(kBlock * k) {}
+      : bank_(bank),
+        k_(k),
+        decide_(decide),
+        rows_(kBlock * bank.stride()),
+        shortlists_(kBlock * kShortlist),
+        lows_(kBlock * k) {}
 
   // Tokens in a block: what fits the second-level cache beside a panel, a whole number of tiles, at most kBlock.
   static int64_t block(int64_t d) {
