@@ -13,7 +13,7 @@ import torch
 
 from dpdiff import DLSR
 
-ours = pytest.mark.parametrize("contender", ["dpdif"])
+ours = pytest.mark.parametrize("contender", ["dpdiff"])
 
 
 @pytest.fixture(scope="module")
@@ -26,13 +26,13 @@ def vectors(model: DLSR, n: int) -> torch.Tensor:
     return torch.randn(n, len(model.mean), generator=torch.Generator().manual_seed(0)).to(model.mean.device)
 
 
-@pytest.mark.parametrize("contender", ["dpdif", "backbone"])
+@pytest.mark.parametrize("contender", ["dpdiff", "backbone"])
 @pytest.mark.parametrize("batch", [1, 16])
 def test_share_of_scoring(measure, model, device, batch, contender):
     """`predict` without its backbone, and the backbone."""
     images = torch.rand(batch, 3, model.image_size, model.image_size, device=device)
     x = vectors(model, batch)
-    run = (lambda: model.score(x)) if contender == "dpdif" else (lambda: model.backbone(images))
+    run = (lambda: model.score(x)) if contender == "dpdiff" else (lambda: model.backbone(images))
     with torch.inference_mode():
         measure(f"scoring {batch} images", run)
 
