@@ -66,6 +66,9 @@ Rows rows_of(const Tensor& tensor) {
 Tensor floats(const Tensor& like, std::initializer_list<int64_t> sizes) {
   return torch::stable::new_empty(like, sizes, ScalarType::Float);
 }
+// Larger than a thread's share of the caches, so that whoever reads it next reads it from memory anyway.
+constexpr int64_t kStreamedBytes = 16 << 20;
+
 float* float_data(const Tensor& tensor) { return static_cast<float*>(tensor.data_ptr()); }
 
 // Fresh memory, in huge pages where it is large: page faults, at 2 microseconds for 4 KiB, would take as long for an
@@ -144,6 +147,7 @@ struct Inputs {
     problem.batch = sizes[0], problem.heads = sizes[1], problem.tokens = sizes[2], problem.channels = sizes[3];
     problem.scale = float(scale);
     problem.query = rows_of(this->query);
+    problem.streamed = query.numel() * query.element_size() > kStreamedBytes;
     problem.local = bank(this->local_key, this->local_value);
     if (global_key) problem.global = bank(this->global_key, this->global_value);
     if (gate) {

@@ -25,8 +25,8 @@ struct Bank {
   bool shared = true;  // by the images
 };
 
-// Of row (b, h, n), for each of the one or two softmaxes s, at [s][b][h][n]: the score that exponents were taken
-// relative to (near the largest; unscaled, like all scores here), and the sum of exponentials.
+// Of row (b, h, n), for each of the one or two softmaxes s, at [s][b][h][n]: what exponents of 2 were taken relative to
+// (near the largest of them: log2(e) times the scaled score), and the sum of powers.
 struct SoftmaxSums {
   float *reference = nullptr, *total = nullptr;
 };
@@ -38,6 +38,7 @@ struct AttentionProblem {
   Rows query;
   Bank local, global;              // global.count is 0 where there is none
   const float* gate = nullptr;     // (B, H, N), or null: one softmax over both banks
+  bool streamed = false;           // answers and queries' gradients pass by the caches, where they'd push out the rest
   const int64_t* active = nullptr;   // image b's local prototypes are active[offsets[b]] to active[offsets[b + 1] - 1];
   const int64_t* offsets = nullptr;  // null: all of them
 

@@ -47,6 +47,7 @@ class BackwardAttention {
         for (int64_t image = first; image < last; ++image) instance(BankView(problem_, image, head), part, 0, problem_.tokens);
       }
     }
+    stream_end();
   }
 
  private:
@@ -70,14 +71,15 @@ class BackwardAttention {
       for (int64_t token = chunk; token < smaller(chunk + kChunk, last); token += kLanes, ++n) {
         prepare(bank, token, int(smaller(kLanes, last - token)), n);
       }
+      Ahead ahead(bank, chunk + kChunk, smaller(chunk + 2 * kChunk, last), n * bank.tiles());
       for (int s = 0; s < bank.softmaxes(); ++s) {
         for (int64_t m = bank.begin(s); m < bank.end(s); m += kBlock) {
           const int64_t count = smaller(kBlock, bank.end(s) - m);
           for (int i = 0; i < n; ++i) {
             switch (lanes_[i].vectors) {
-              case 1: block<1>(s, m, count, i); break;
-              case 2: block<2>(s, m, count, i); break;
-              default: block<kVectors>(s, m, count, i);
+              case 1: block<1>(s, m, count, i, ahead); break;
+              case 2: block<2>(s, m, count, i, ahead); break;
+              default: block<kVectors>(s, m, count, i, ahead);
             }
           }
         }
@@ -157,8 +159,9 @@ class BackwardAttention {
 
   // What prototypes [m, m + count) of softmax s and the queries of one sub-block give to each other's gradients.
   template <int Vectors>
-  void block(int s, int64_t m, int64_t count, int n) {
+  void block(int s, int64_t m, int64_t count, int n, Ahead& ahead) {
     for (int64_t i = 0; i < count; i += kRows) {
+      ahead.step({&problem_.query, &problem_.grad_out, &problem_.out, &problem_.difference});
       multiply_tile<Engine, Vectors, false>(
           units_, key_tiles_ + (m + i) * units_, kRows, 1, query_columns_ + n * units_ * kLanes, kLanes, scores_ + i * kLanes, kLanes);
       multiply_tile<Engine, Vectors, false>(
@@ -192,7 +195,7 @@ class BackwardAttention {
     for (int64_t m = 0; m < count; m += Engine::kPack) {
       for (int v = 0; v < Vectors; ++v) {
         const int64_t at = m * kLanes + v * kWidth;
-        const vfloat p = Engine::power_of_two((load(scores_ + at) - reference[v]) * exponent_scale) * factor[v];
+        const vfloat p = Engine::power_of_two(load(scores_ + at) * exponent_scale - reference[v]) * factor[v];
         const vfloat ds = p * (load(slopes_ + at) - delta[v]);
         if constexpr (Engine::kPack == 1) {
           store(scores_ + at, p);
@@ -201,7 +204,7 @@ class BackwardAttention {
 #if defined(DPDIFF_AVX512)
           vfloat next{}, next_ds{};
           if (m + 1 < count) {
-            next = Engine::power_of_two((load(scores_ + at + kLanes) - reference[v]) * exponent_scale) * factor[v];
+            next = Engine::power_of_two(load(scores_ + at + kLanes) * exponent_scale - reference[v]) * factor[v];
             next_ds = next * (load(slopes_ + at + kLanes) - delta[v]);
           }
           store(reinterpret_cast<bfloat16*>(weight_rows_) + at, p);
@@ -247,7 +250,7 @@ class BackwardAttention {
       transpose_columns(query_gradient_ + n * padded_ * kLanes, channels_, v, broadcast(problem_.scale), staged_, ld);
       for (int i = v * kWidth; i < (v + 1) * kWidth && i < lanes.count; ++i) {
         store_row(problem_.dtype, staged_ + (i - v * kWidth) * ld, channels_,
-                     problem_.grad_query.at(lanes.images[i], bank.head, lanes.places[i]));
+                  problem_.grad_query.at(lanes.images[i], bank.head, lanes.places[i]), problem_.streamed);
       }
     }
   }

@@ -37,6 +37,7 @@ class ForwardAttention {
       const int64_t first = i % chunks * kChunk;
       chunk(bank, first, smaller(first + kChunk, sequence));
     }
+    stream_end();
   }
 
  private:
@@ -54,14 +55,15 @@ class ForwardAttention {
   void chunk(const BankView& bank, int64_t first, int64_t last) {
     int n = 0;
     for (int64_t token = first; token < last; token += kLanes, ++n) prepare(bank, token, int(smaller(kLanes, last - token)), n);
+    Ahead ahead(bank, last, smaller(last + kChunk, problem_.sequence()), n * bank.tiles());
     for (int s = 0; s < bank.softmaxes(); ++s) {
       for (int64_t m = bank.begin(s); m < bank.end(s); m += kBlock) {
         const int64_t count = smaller(kBlock, bank.end(s) - m);
         for (int i = 0; i < n; ++i) {
           switch (lanes_[i].vectors) {
-            case 1: block<1>(s, m, count, m > bank.begin(s), i); break;
-            case 2: block<2>(s, m, count, m > bank.begin(s), i); break;
-            default: block<kVectors>(s, m, count, m > bank.begin(s), i);
+            case 1: block<1>(s, m, count, m > bank.begin(s), i, ahead); break;
+            case 2: block<2>(s, m, count, m > bank.begin(s), i, ahead); break;
+            default: block<kVectors>(s, m, count, m > bank.begin(s), i, ahead);
           }
         }
       }
@@ -90,11 +92,12 @@ class ForwardAttention {
   }
 
   // Adds prototypes [m, m + count) to the answers of one sub-block's queries: for softmax s,
-  // answer[channel][query] = sum over prototypes of 2^(scale (score - reference)) value[prototype][channel].
+  // answer[channel][query] = sum over prototypes of 2^(scale score - reference) value[prototype][channel].
   template <int Vectors>
-  void block(int s, int64_t m, int64_t count, bool started, int n) {
+  void block(int s, int64_t m, int64_t count, bool started, int n, Ahead& ahead) {
     float* answer = answers_[s] + n * padded_ * kLanes;
     for (int64_t i = 0; i < count; i += kRows) {
+      ahead.step({&problem_.query});
       multiply_tile<Engine, Vectors, false>(
           units_, key_tiles_ + (m + i) * units_, kRows, 1, query_columns_ + n * units_ * kLanes, kLanes, scores_ + i * kLanes, kLanes);
     }
@@ -121,11 +124,14 @@ class ForwardAttention {
       for (int v = 0; v < Vectors; ++v) best[v] = maximum(best[v], load(scores_ + m * kLanes + v * kWidth));
     }
     vint above[Vectors], some{};
-    for (int v = 0; v < Vectors; ++v) some |= above[v] = best[v] > load(reference + v * kWidth) + kSlack / exponent_scale_;
+    for (int v = 0; v < Vectors; ++v) {
+      best[v] *= exponent_scale_;
+      some |= above[v] = best[v] > load(reference + v * kWidth) + kSlack;
+    }
     if (!any(some)) return;
     for (int v = 0; v < Vectors; ++v) {
       const vfloat old = load(reference + v * kWidth);
-      factor[v] = select(above[v], exp2((old - best[v]) * exponent_scale_), broadcast(1.0f));
+      factor[v] = select(above[v], exp2(old - best[v]), broadcast(1.0f));
       store(reference + v * kWidth, select(above[v], best[v], old));
       store(total + v * kWidth, load(total + v * kWidth) * factor[v]);
     }
@@ -148,11 +154,11 @@ class ForwardAttention {
     for (int64_t m = 0; m < count; m += Engine::kPack) {
       for (int v = 0; v < Vectors; ++v) {
         const float* score = scores_ + m * kLanes + v * kWidth;
-        vfloat p = Engine::power_of_two((load(score) - from[v]) * exponent_scale_);
+        vfloat p = Engine::power_of_two(load(score) * exponent_scale_ - from[v]);
         if constexpr (Engine::kPack == 2) {
 #if defined(DPDIFF_AVX512)
           vfloat next{};
-          if (m + 1 < count) next = Engine::power_of_two((load(score + kLanes) - from[v]) * exponent_scale_);
+          if (m + 1 < count) next = Engine::power_of_two(load(score + kLanes) * exponent_scale_ - from[v]);
           p = pair(p, next);
 #endif
         }
@@ -196,7 +202,8 @@ class ForwardAttention {
     const int64_t ld = round_up(channels_, kWidth);
     transpose_columns(columns, channels_, v, factor, staged_, ld);
     for (int i = v * kWidth; i < smaller((v + 1) * kWidth, lanes.count); ++i) {
-      store_row(problem_.dtype, staged_ + (i - v * kWidth) * ld, channels_, to.at(lanes.images[i], bank.head, lanes.places[i]));
+      store_row(problem_.dtype, staged_ + (i - v * kWidth) * ld, channels_, to.at(lanes.images[i], bank.head, lanes.places[i]),
+                problem_.streamed);
     }
   }
 

@@ -101,8 +101,11 @@ DPDIFF_INLINE void load_row(const T* from, int64_t n, float* to) {
   for (; e < n; ++e) to[e] = to_float(from[e]);
 }
 template <typename T>
-DPDIFF_INLINE void store_row(const float* from, int64_t n, T* to) {
+DPDIFF_INLINE void store_row(const float* from, int64_t n, T* to, bool streamed) {
   int64_t e = 0;
+  if (streamed && reinterpret_cast<uintptr_t>(to) % (kWidth * sizeof(T)) == 0) {
+    for (; e + kWidth <= n; e += kWidth) stream(to + e, load(from + e));
+  }
   for (; e + kWidth <= n; e += kWidth) store(to + e, load(from + e));
   for (; e < n; ++e) to[e] = from_float<T>(from[e]);
 }
@@ -115,11 +118,11 @@ inline void load_row(DType dtype, const void* from, int64_t n, float* to) {
     case DType::bfloat16: return load_row(static_cast<const bfloat16*>(from), n, to);
   }
 }
-inline void store_row(DType dtype, const float* from, int64_t n, void* to) {
+inline void store_row(DType dtype, const float* from, int64_t n, void* to, bool streamed = false) {
   switch (dtype) {
-    case DType::float32: return store_row(from, n, static_cast<float*>(to));
-    case DType::float16: return store_row(from, n, static_cast<float16*>(to));
-    case DType::bfloat16: return store_row(from, n, static_cast<bfloat16*>(to));
+    case DType::float32: return store_row(from, n, static_cast<float*>(to), streamed);
+    case DType::float16: return store_row(from, n, static_cast<float16*>(to), streamed);
+    case DType::bfloat16: return store_row(from, n, static_cast<bfloat16*>(to), streamed);
   }
 }
 
@@ -212,6 +215,9 @@ struct BankView {
     return (of_image * problem.heads + head) * problem.tokens + place;
   }
 
+  // kRows of them at a time, about.
+  int64_t tiles() const { return total / kRows + 1; }
+
   // Row i of the keys or of the values; null where there is only padding.
   const void* row(Rows Bank::*part, int64_t i) const {
     if (i < local_count) return (problem.local.*part).at(image, head, local_row(i));
@@ -241,3 +247,29 @@ void pack_bank(const BankView& bank, Rows Bank::*part, int64_t padded, float* st
     if (rows != nullptr) pack_rows<Engine>(staged, kWidth, padded, rows + i / Engine::kPack * padded);
   }
 }
+
+// Fetches the rows of a run of tokens into the cache while others are being multiplied: a few at each of `steps` steps,
+// as memory takes hundreds of cycles, and only some fetches can be under way at once.
+class Ahead {
+ public:
+  Ahead(const BankView& bank, int64_t first, int64_t last, int64_t steps)
+      : bank_(bank), next_(first), last_(last), a_step_((last - first + steps - 1) / steps),
+        bytes_(bank.problem.channels * (bank.problem.dtype == DType::float32 ? 4 : 2)) {}
+
+  // Of those tensors that have data.
+  DPDIFF_INLINE void step(std::initializer_list<const Rows*> tensors) {
+    for (const int64_t end = smaller(next_ + a_step_, last_); next_ < end; ++next_) {
+      const int64_t image = bank_.image_of(next_), place = bank_.place_of(next_);
+      for (const Rows* rows : tensors) {
+        if (rows->data == nullptr) continue;
+        const char* row = static_cast<const char*>(rows->at(image, bank_.head, place));
+        for (int64_t b = 0; b < bytes_; b += 64) __builtin_prefetch(row + b, 0, 2);
+      }
+    }
+  }
+
+ private:
+  const BankView& bank_;
+  int64_t next_;
+  const int64_t last_, a_step_, bytes_;
+};

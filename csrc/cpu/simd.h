@@ -113,6 +113,19 @@ DPDIFF_INLINE void store(float16* p, vfloat v) {
 #endif
 }
 
+// Stores that pass by the caches, for what is too large to be found there again; p on a boundary of the vector's size.
+// Others may read it after stream_end().
+#if defined(DPDIFF_AVX512)
+DPDIFF_INLINE void stream(float* p, vfloat v) { _mm512_stream_ps(p, (__m512)v); }
+DPDIFF_INLINE void stream(bfloat16* p, vfloat v) { _mm256_stream_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh((__m512)v)); }
+DPDIFF_INLINE void stream(float16* p, vfloat v) { _mm256_stream_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, 0)); }
+DPDIFF_INLINE void stream_end() { _mm_sfence(); }
+#else
+template <typename T>
+DPDIFF_INLINE void stream(T* p, vfloat v) { store(p, v); }
+DPDIFF_INLINE void stream_end() {}
+#endif
+
 DPDIFF_INLINE vfloat select(vint mask, vfloat yes, vfloat no) { return mask ? yes : no; }
 // The maximum, where a NaN in b is passed over and one in a stays.
 DPDIFF_INLINE vfloat maximum(vfloat a, vfloat b) { return b > a ? b : a; }
