@@ -84,6 +84,23 @@ Tensor fresh(const Tensor& like, const std::vector<int64_t>& sizes) {
   return tensor;
 }
 
+// Zeros that take neither time nor memory until they are touched, where the system can: of a large bank of which a batch
+// uses little, the gradient then costs what the used prototypes do.
+Tensor untouched_zeros(const Tensor& like, const std::vector<int64_t>& sizes) {
+#if defined(__linux__)
+  int64_t bytes = like.element_size();
+  std::vector<int64_t> strides(sizes.size());
+  for (size_t i = sizes.size(); i-- > 0; bytes *= sizes[i]) strides[i] = bytes / like.element_size();
+  if (bytes > 1 << 20) {
+    void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (memory == MAP_FAILED) throw std::bad_alloc();
+    return torch::stable::from_blob(
+        memory, sizes, strides, like.device(), like.scalar_type(), [bytes](void* memory) { munmap(memory, bytes); });
+  }
+#endif
+  return torch::stable::new_zeros(like, sizes);
+}
+
 // Like the query, with tokens outside and heads inside in memory: the layout in which heads are joined again.
 Tensor empty_like_query(const Tensor& query) {
   const auto sizes = query.sizes();
@@ -224,8 +241,8 @@ struct BankGradients {
     for (Tensor* gradient : {&key, &value}) {
       std::vector<int64_t> sizes{problem.heads, bank.count, problem.channels};
       if (!bank.shared) sizes.insert(sizes.begin(), problem.batch);
-      *gradient = fresh(query, sizes);
-      if (direct || used != nullptr) torch::stable::zero_(*gradient);
+      *gradient = used != nullptr ? untouched_zeros(query, sizes) : fresh(query, sizes);
+      if (direct) torch::stable::zero_(*gradient);
     }
     to.key = rows_of(key), to.value = rows_of(value);
     to.rows = used == nullptr ? bank.count : used->size();

@@ -25,8 +25,8 @@ struct Bank {
   bool shared = true;  // by the images
 };
 
-// Of row (b, h, n), for each of the one or two softmaxes s, at [s][b][h][n]: what exponents of 2 were taken relative to
-// (near the largest of them: log2(e) times the scaled score), and the sum of powers.
+// Of row (b, h, n), for each of the one or two softmaxes s, at [s][b][h][n]: the score that exponents were taken
+// relative to (near the largest; unscaled, like all scores here), and the sum of exponentials.
 struct SoftmaxSums {
   float *reference = nullptr, *total = nullptr;
 };

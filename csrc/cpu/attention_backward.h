@@ -28,10 +28,8 @@ class BackwardAttention {
     query_gradient_ = scratch_.take(kSubBlocks * padded_ * kLanes);
     scores_ = scratch_.take(kBlock * kLanes);
     slopes_ = scratch_.take(kBlock * kLanes);
-    if (Engine::kPack == 2) {
-      weight_rows_ = scratch_.take(kBlock * kLanes / 2);
-      slope_rows_ = scratch_.take(kBlock * kLanes / 2);
-    }
+    weight_rows_ = scratch_.take(kBlock * kChunkUnits);
+    slope_rows_ = scratch_.take(kBlock * kChunkUnits);
   }
 
   // Parts [begin, end) of the heads.
@@ -51,7 +49,7 @@ class BackwardAttention {
   }
 
  private:
-  static constexpr int kSubBlocks = kChunk / kLanes;
+  static constexpr int kSubBlocks = kChunk / kLanes, kChunkUnits = kChunk / Engine::kPack;
   static_assert(kChunk % kLanes == 0);
 
   // What is known of each query before its scores are.
@@ -82,6 +80,10 @@ class BackwardAttention {
               default: block<kVectors>(s, m, count, i, ahead);
             }
           }
+          int queries = 0;
+          for (int i = 0; i < n; ++i) queries += lanes_[i].vectors * kWidth;
+          add_outer(count, queries / Engine::kPack, weight_rows_, out_rows_, value_gradient_ + m * padded_);
+          add_outer(count, queries / Engine::kPack, slope_rows_, query_rows_, key_gradient_ + m * padded_);
         }
       }
       for (int i = 0; i < n; ++i) write_query_gradient(bank, i);
@@ -167,25 +169,26 @@ class BackwardAttention {
       multiply_tile<Engine, Vectors, false>(
           units_, value_tiles_ + (m + i) * units_, kRows, 1, out_columns_ + n * units_ * kLanes, kLanes, slopes_ + i * kLanes, kLanes);
     }
-    differentiate<Vectors>(s, count, lanes_[n]);
+    differentiate<Vectors>(s, count, n);
 
     const float* keys = key_rows_ + m / Engine::kPack * padded_;
+    const float* slopes = Engine::kPack == 1 ? slope_rows_ + n * kLanes : slopes_;
     float* query_gradient = query_gradient_ + n * padded_ * kLanes;
     const int64_t steps = (count + Engine::kPack - 1) / Engine::kPack;
     for (int64_t e = 0; e < channels_; e += kRows) {
-      multiply_tile<Engine, Vectors, true>(steps, keys + e, padded_, 1, slopes_, kLanes, query_gradient + e * kLanes, kLanes);
+      multiply_tile<Engine, Vectors, true>(
+          steps, keys + e, padded_, 1, slopes, Engine::kPack == 1 ? kChunk : kLanes, query_gradient + e * kLanes, kLanes);
     }
-    const float* weights = Engine::kPack == 1 ? scores_ : weight_rows_;
-    const float* slopes = Engine::kPack == 1 ? slopes_ : slope_rows_;
-    const int64_t rows = n * kLanes / Engine::kPack * padded_;
-    add_outer<Vectors>(count, weights, out_rows_ + rows, value_gradient_ + m * padded_);
-    add_outer<Vectors>(count, slopes, query_rows_ + rows, key_gradient_ + m * padded_);
   }
 
-  // Scores become probabilities, times the gate's weight; the products of values and gradients become ds.
+  // Scores become probabilities, times the gate's weight; the products of values and gradients become ds. Both are kept
+  // as [prototype][query of the chunk], and ds also as what the queries' gradient is a product with.
   template <int Vectors>
-  DPDIFF_INLINE void differentiate(int s, int64_t count, const Lanes& lanes) {
+  DPDIFF_INLINE void differentiate(int s, int64_t count, int n) {
+    const Lanes& lanes = lanes_[n];
     const float exponent_scale = problem_.scale * kLog2E;
+    Element *weights = reinterpret_cast<Element*>(weight_rows_) + n * kLanes;
+    Element *slopes = reinterpret_cast<Element*>(slope_rows_) + n * kLanes;
     vfloat reference[Vectors], factor[Vectors], delta[Vectors];
     for (int v = 0; v < Vectors; ++v) {
       reference[v] = load(lanes.reference[s] + v * kWidth);
@@ -194,53 +197,38 @@ class BackwardAttention {
     }
     for (int64_t m = 0; m < count; m += Engine::kPack) {
       for (int v = 0; v < Vectors; ++v) {
-        const int64_t at = m * kLanes + v * kWidth;
-        const vfloat p = Engine::power_of_two(load(scores_ + at) * exponent_scale - reference[v]) * factor[v];
-        const vfloat ds = p * (load(slopes_ + at) - delta[v]);
-        if constexpr (Engine::kPack == 1) {
-          store(scores_ + at, p);
-          store(slopes_ + at, ds);
-        } else {
-#if defined(DPDIFF_AVX512)
-          vfloat next{}, next_ds{};
-          if (m + 1 < count) {
-            next = Engine::power_of_two(load(scores_ + at + kLanes) * exponent_scale - reference[v]) * factor[v];
-            next_ds = next * (load(slopes_ + at + kLanes) - delta[v]);
-          }
-          store(reinterpret_cast<bfloat16*>(weight_rows_) + at, p);
-          store(reinterpret_cast<bfloat16*>(weight_rows_) + at + kLanes, next);
-          store(reinterpret_cast<bfloat16*>(slope_rows_) + at, ds);
-          store(reinterpret_cast<bfloat16*>(slope_rows_) + at + kLanes, next_ds);
-          store(slopes_ + m / 2 * kLanes + v * kWidth, pair(ds, next_ds));
-#endif
+        vfloat ds[Engine::kPack] = {};
+        for (int i = 0; i < Engine::kPack && m + i < count; ++i) {
+          const int64_t from = (m + i) * kLanes + v * kWidth, to = (m + i) * kChunk + v * kWidth;
+          const vfloat p = Engine::power_of_two((load(scores_ + from) - reference[v]) * exponent_scale) * factor[v];
+          ds[i] = p * (load(slopes_ + from) - delta[v]);
+          store(weights + to, p);
+          store(slopes + to, ds[i]);
         }
+        if constexpr (Engine::kPack == 2) store(slopes_ + m / 2 * kLanes + v * kWidth, Engine::pair(ds[0], ds[1]));
       }
     }
   }
 
-  // gradient[m][channel] += sum over queries of weights[m][query] rows[query][channel].
-  template <int Vectors>
-  DPDIFF_INLINE void add_outer(int64_t count, const float* weights, const float* rows, float* gradient) {
+  // gradient[m][channel] += sum over queries of weights[m][query] rows[query][channel], in units of queries.
+  void add_outer(int64_t count, int64_t queries, const float* weights, const float* rows, float* gradient) {
     const int64_t vectors = (channels_ + kWidth - 1) / kWidth;
-    for (int64_t i = 0; i < count; i += kRows) {
-      const float* w = weights + i * kLanes / Engine::kPack;
-      float* g = gradient + i * padded_;
+    for (int64_t i = 0; i < count; i += kRows, weights += kRows * kChunkUnits, gradient += kRows * padded_) {
       for (int64_t v = 0; v < vectors;) {
         const int64_t left = vectors - v;
         if (kVectors == 3 && left != 4 && left >= 3) {
-          outer_tile<Vectors, kVectors>(w, rows + v * kWidth, g + v * kWidth), v += kVectors;
+          outer_tile<kVectors>(queries, weights, rows + v * kWidth, gradient + v * kWidth), v += kVectors;
         } else if (left >= 2) {
-          outer_tile<Vectors, 2>(w, rows + v * kWidth, g + v * kWidth), v += 2;
+          outer_tile<2>(queries, weights, rows + v * kWidth, gradient + v * kWidth), v += 2;
         } else {
-          outer_tile<Vectors, 1>(w, rows + v * kWidth, g + v * kWidth), v += 1;
+          outer_tile<1>(queries, weights, rows + v * kWidth, gradient + v * kWidth), v += 1;
         }
       }
     }
   }
-  template <int Vectors, int Columns>
-  DPDIFF_INLINE void outer_tile(const float* weights, const float* rows, float* gradient) {
-    multiply_tile<Engine, Columns, true>(
-        Vectors * kWidth / Engine::kPack, weights, 1, kLanes / Engine::kPack, rows, padded_, gradient, padded_);
+  template <int Columns>
+  DPDIFF_INLINE void outer_tile(int64_t queries, const float* weights, const float* rows, float* gradient) {
+    multiply_tile<Engine, Columns, true>(queries, weights, 1, kChunkUnits, rows, padded_, gradient, padded_);
   }
 
   void write_query_gradient(const BankView& bank, int n) {
@@ -274,7 +262,7 @@ class BackwardAttention {
   Scratch scratch_;
   float *key_tiles_, *value_tiles_, *key_rows_, *key_gradient_, *value_gradient_, *staged_;
   float *query_columns_, *out_columns_, *query_rows_, *out_rows_, *query_gradient_;
-  float *scores_, *slopes_, *weight_rows_ = nullptr, *slope_rows_ = nullptr;
+  float *scores_, *slopes_, *weight_rows_, *slope_rows_;
   Lanes lanes_[kSubBlocks];
 };
 

@@ -92,7 +92,7 @@ class ForwardAttention {
   }
 
   // Adds prototypes [m, m + count) to the answers of one sub-block's queries: for softmax s,
-  // answer[channel][query] = sum over prototypes of 2^(scale score - reference) value[prototype][channel].
+  // answer[channel][query] = sum over prototypes of 2^(scale (score - reference)) value[prototype][channel].
   template <int Vectors>
   void block(int s, int64_t m, int64_t count, bool started, int n, Ahead& ahead) {
     float* answer = answers_[s] + n * padded_ * kLanes;
@@ -124,14 +124,11 @@ class ForwardAttention {
       for (int v = 0; v < Vectors; ++v) best[v] = maximum(best[v], load(scores_ + m * kLanes + v * kWidth));
     }
     vint above[Vectors], some{};
-    for (int v = 0; v < Vectors; ++v) {
-      best[v] *= exponent_scale_;
-      some |= above[v] = best[v] > load(reference + v * kWidth) + kSlack;
-    }
+    for (int v = 0; v < Vectors; ++v) some |= above[v] = best[v] > load(reference + v * kWidth) + kSlack / exponent_scale_;
     if (!any(some)) return;
     for (int v = 0; v < Vectors; ++v) {
       const vfloat old = load(reference + v * kWidth);
-      factor[v] = select(above[v], exp2(old - best[v]), broadcast(1.0f));
+      factor[v] = select(above[v], exp2((old - best[v]) * exponent_scale_), broadcast(1.0f));
       store(reference + v * kWidth, select(above[v], best[v], old));
       store(total + v * kWidth, load(total + v * kWidth) * factor[v]);
     }
@@ -154,13 +151,11 @@ class ForwardAttention {
     for (int64_t m = 0; m < count; m += Engine::kPack) {
       for (int v = 0; v < Vectors; ++v) {
         const float* score = scores_ + m * kLanes + v * kWidth;
-        vfloat p = Engine::power_of_two(load(score) * exponent_scale_ - from[v]);
+        vfloat p = Engine::power_of_two((load(score) - from[v]) * exponent_scale_);
         if constexpr (Engine::kPack == 2) {
-#if defined(DPDIFF_AVX512)
           vfloat next{};
-          if (m + 1 < count) next = Engine::power_of_two(load(score + kLanes) * exponent_scale_ - from[v]);
-          p = pair(p, next);
-#endif
+          if (m + 1 < count) next = Engine::power_of_two((load(score + kLanes) - from[v]) * exponent_scale_);
+          p = Engine::pair(p, next);
         }
         sum[v] = Engine::add(sum[v], p);
         store(weights_ + m / Engine::kPack * kLanes + v * kWidth, p);

@@ -44,19 +44,18 @@ struct BFloat16Engine {
     p = p * f + 1.0f;
     return (vfloat)_mm512_scalef_ps((__m512)p, (__m512)x);
   }
+  // Units of two neighbouring rows: the low halves from one, the high halves from the next.
+  static DPDIFF_INLINE vfloat pair(vfloat low, vfloat high) {
+    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                                           21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    return (vfloat)_mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
+  }
+  static DPDIFF_INLINE vfloat pair(const bfloat16* low, const bfloat16* high) {
+    const __m512i l = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)low));
+    const __m512i h = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)high));
+    return (vfloat)_mm512_or_si512(l, _mm512_slli_epi32(h, 16));
+  }
 };
-
-// Units of neighbouring rows: the low halves from one, the high halves from the next.
-DPDIFF_INLINE vfloat pair(vfloat low, vfloat high) {
-  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
-                                         5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-  return (vfloat)_mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
-}
-DPDIFF_INLINE vfloat pair(const bfloat16* low, const bfloat16* high) {
-  const __m512i l = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)low));
-  const __m512i h = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)high));
-  return (vfloat)_mm512_or_si512(l, _mm512_slli_epi32(h, 16));
-}
 #endif
 
 DPDIFF_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -183,13 +182,11 @@ DPDIFF_INLINE void pack_rows(const typename Engine::Element* rows, int64_t n, in
   if constexpr (Engine::kPack == 1) {
     memcpy(units, rows, n * padded * sizeof(float));
   } else {
-#if defined(DPDIFF_AVX512)
     for (int64_t i = 0; i < n; i += 2) {
       for (int64_t e = 0; e < padded; e += kWidth) {
-        store(units + i / 2 * padded + e, pair(rows + i * padded + e, rows + (i + 1) * padded + e));
+        store(units + i / 2 * padded + e, Engine::pair(rows + i * padded + e, rows + (i + 1) * padded + e));
       }
     }
-#endif
   }
 }
 
@@ -227,8 +224,10 @@ struct BankView {
 };
 
 // Room for the packed prototypes of any instance.
-DPDIFF_INLINE int64_t packed_count(const AttentionProblem& problem) {
-  return round_up(problem.local.count + kRows + problem.global.count, kWidth);
+inline int64_t packed_count(const AttentionProblem& problem) {
+  int64_t local = problem.routed() ? 0 : problem.local.count;
+  for (int64_t image = 0; image < problem.batch; ++image) local = std::max(local, problem.local_count(image));
+  return round_up(local + kRows + problem.global.count, kWidth);
 }
 
 // Packs one part of a bank: in tiles whose rows are prototypes and steps are channels, for products with queries, and
