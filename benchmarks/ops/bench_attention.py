@@ -7,6 +7,7 @@ batch and with the batch folded into the tokens. Every contender's answer is che
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 import dpdiff_kernels as dk
 from benchmarks.contenders import contenders
+from benchmarks.memory import peak_memory
 
 BATCH, HEADS, TOKENS, CHANNELS = 16, 12, 784, 64
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -66,8 +68,8 @@ def operands(device: str, dtype: str, *banks: int, gate: bool = False) -> list[T
     return [t.to(device, DTYPES[dtype]).requires_grad_() for t in tensors]
 
 
-def check(attention: Callable, tensors: list[Tensor]) -> None:
-    first = [t[:1].detach() if t.shape[0] == BATCH else t.detach() for t in tensors]
+def check(attention: Callable, tensors: list[Tensor], seen: Tensor | slice) -> None:
+    first = [t[:1].detach() if t.shape[0] == BATCH else t[:, seen].detach() for t in tensors]
     with torch.no_grad():
         wanted = dk.prototype_attention(*(t.double() for t in first), backend="reference")
         out = attention(*(t.detach() for t in tensors))[:1]
@@ -83,8 +85,9 @@ def work(dtype: str, n_prototypes: int, backward: bool) -> dict:
     return {"flops": products * 2 * size * n_prototypes, "bytes": n_bytes, "dtype": dtype}
 
 
-def timed(attention: Callable, tensors: list[Tensor], backward: bool) -> Callable:
-    check(attention, tensors)
+def timed(attention: Callable, tensors: list[Tensor], backward: bool, seen: Tensor | slice = slice(None)) -> Callable:
+    """seen: the prototypes that the first image attends to."""
+    check(attention, tensors, seen)
     grad_out = torch.randn(tensors[0].shape).to(tensors[0])
 
     def forward():
@@ -117,15 +120,34 @@ def test_two_banks(measure, device, contender, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward+backward"])
 @contenders(yardsticks=["32 prototypes"], backends=())  # whose scores of 12,800 prototypes take gigabytes
-def test_routing(measure, device, contender, dtype):
+def test_routing(measure, device, contender, backward, dtype):
     """4 of 1,600 groups of 8 for each image, beside as many prototypes when there are no others."""
-    routes = {}
     if contender == "dpdiff":
         draw = torch.Generator().manual_seed(0)
-        routes["groups"] = torch.arange(1600, device=device).repeat_interleave(8)
+        groups = torch.arange(1600).repeat_interleave(8)
         active = torch.stack([torch.randperm(1600, generator=draw)[:4] for _ in range(BATCH)])
-        routes["active_groups"] = active.to(device)
-    tensors = [t.detach() for t in operands(device, dtype, 12_800 if routes else 32)]
-    run = lambda: dk.prototype_attention(*tensors, **routes)
-    measure(f"{dtype}, 4 active groups of 8, of 1,600 groups, forward", run, **work(dtype, 32, False))
+        attention = partial(dk.prototype_attention, groups=groups.to(device), active_groups=active.to(device))
+        seen = torch.isin(groups, active[0])
+        run = timed(attention, operands(device, dtype, 12_800), backward, seen.to(device))
+    else:
+        run = timed(dk.prototype_attention, operands(device, dtype, 32), backward)
+    group = f"{dtype}, 4 active groups of 8, of 1,600 groups, {'forward + backward' if backward else 'forward'}"
+    measure(group, run, **work(dtype, 32, backward))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_memory_of_backward(device, dtype, capsys):
+    """Beyond inputs and outputs: at most 64 MB. One matrix of tokens and prototypes would be gigabytes."""
+    tensors = operands(device, dtype, 2560, 128, gate=True)
+    out = dk.prototype_attention(*tensors)
+    backward = partial(torch.autograd.grad, out, tensors, torch.ones_like(out), retain_graph=True)
+    backward()
+    peak = peak_memory(backward, device)
+    if peak is None:
+        pytest.skip("this system does not tell how much memory a call takes")
+    extra = peak - sum(t.nbytes for t in tensors)
+    with capsys.disabled():
+        print(f"\n{dtype}, 2,560 and 128 prototypes with gate, backward: {extra / 1e6:.1f} MB beyond the gradients")
+    assert extra <= 64e6
