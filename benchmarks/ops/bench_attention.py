@@ -87,6 +87,7 @@ def work(dtype: str, n_prototypes: int, backward: bool) -> dict:
 
 def timed(attention: Callable, tensors: list[Tensor], backward: bool, seen: Tensor | slice = slice(None)) -> Callable:
     """seen: the prototypes that the first image attends to."""
+    torch.compiler.reset()  # after eight shapes, compiled rivals would be run as they are
     check(attention, tensors, seen)
     grad_out = torch.randn(tensors[0].shape).to(tensors[0])
 

@@ -1,7 +1,7 @@
 """prototype_attention on GPUs: tile sizes, launches, and the operators with the native ones' schemas."""
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -40,8 +40,8 @@ def pick_tiles(arch: str, itemsize: int, block_e: int, two_softmaxes: bool) -> T
     if block_e <= 64:
         return Tiles(Tile(128, 64, 8 if two_softmaxes else 4, 3), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2))
     if block_e == 128:
-        return Tiles(Tile(128, 64, 8, 3), Tile(64, 64, 4, 2), Tile(64, 64, 8, 2))
-    return Tiles(Tile(64, 64, 8, 2), Tile(64, 32, 8, 2), Tile(32, 64, 8, 2))
+        return Tiles(Tile(128, 64, 8, 3), Tile(64, 64, 4, 2), Tile(32, 64, 8, 2))
+    return Tiles(Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 2))
 
 
 def pick_precision(arch: str) -> str:
@@ -267,29 +267,53 @@ def _parts(device: torch.device, programs: int, blocks: int, elements: int) -> i
 
 
 def variants(arch: str) -> Iterator[Variant]:
-    """Every choice of tiles for `arch`, with one bank and with two under a gate, routed or not."""
-    for itemsize, dtype in ((2, "*bf16"), (4, "*fp32")):
+    """All that is launched, with channels that are a power of two."""
+    for itemsize, dtype in ((2, "*bf16"), (2, "*fp16"), (4, "*fp32")):
         for block_e in (16, 32, 64, 128, 256):
-            for gated in (False, True):
-                for routed in (False, True):
-                    tiles = pick_tiles(arch, itemsize, block_e, gated)
-                    yield from _variants(arch, tiles, dtype, block_e, gated, routed)
+            for banks in ("one", "joint", "gated"):
+                tiles = pick_tiles(arch, itemsize, block_e, banks == "gated")
+                absent = {"one": {"global_key", "global_value"}, "joint": set(), "gated": set()}[banks]
+                absent |= {"gate", "difference", "grad_gate"} if banks != "gated" else set()
+                for tokens in ("folded", "image by image", "routed"):
+                    unrouted = absent | (set() if tokens == "routed" else {"lists", "counts"})
+                    folded = {"FOLDED": tokens == "folded"}
+                    for unwanted in (set(), {"reference", "total", "difference"}):  # without a backward pass
+                        yield _variant(forward_kernel, arch, dtype, block_e, tiles.forward, unrouted | unwanted, folded)
+                    yield _variant(query_gradient_kernel, arch, dtype, block_e, tiles.query_gradient, unrouted, folded)
+            for shared, absent in (
+                (True, {"lists", "counts", "mask"}),
+                (True, set()),
+                (False, {"lists", "counts", "mask"}),
+                (False, {"mask"}),
+            ):
+                # Parts of a gradient, of which only shared banks without routes have several, are in float32.
+                for parts in sorted({dtype, "*fp32"} if shared and absent else {dtype}):
+                    kinds = dict.fromkeys(("grad_key", "grad_value"), parts)
+                    flags = {"SHARED": shared}
+                    tile = tiles.bank_gradient
+                    yield _variant(bank_gradient_kernel, arch, dtype, block_e, tile, absent, flags, kinds)
 
 
-def _variants(arch: str, tiles: Tiles, dtype: str, block_e: int, gated: bool, routed: bool) -> Iterator[Variant]:
-    kinds = {"lists": "*i32", "counts": "*i32", "mask": "*i1"}
+def _variant(
+    kernel: Any,
+    arch: str,
+    dtype: str,
+    block_e: int,
+    tile: Tile,
+    absent: set[str],
+    flags: dict[str, bool],
+    kinds: dict[str, str] | None = None,
+) -> Variant:
+    """absent: arguments that are None. kinds: of tensors that aren't as usual."""
+    kinds = {"lists": "*i32", "counts": "*i32", "mask": "*i1"} | (kinds or {})
     kinds |= dict.fromkeys(("gate", "reference", "total", "weights", "deltas", "grad_gate"), "*fp32")
-    absent = set() if routed else {"lists", "counts", "mask"}
-    if not gated:
-        absent |= {"global_key", "global_value", "gate", "difference", "grad_gate"}
-    for kernel, tile in zip((forward_kernel, query_gradient_kernel, bank_gradient_kernel), tiles):
-        names = kernel.arg_names
-        tensors = names[: names.index(next(name for name in names if name.endswith("_b")))]
-        numbers = [n for n in names[len(tensors) :] if not n.isupper()]
-        signature = {name: kinds.get(name, dtype) for name in tensors if name not in absent}
-        signature |= {name: "fp32" if name.endswith("scale") else "i32" for name in numbers}
-        constants = dict.fromkeys(sorted(absent.intersection(names)))
-        constants |= {"CHANNELS": block_e, "BLOCK_E": block_e, "BLOCK_T": tile.tokens, "BLOCK_M": tile.prototypes}
-        constants |= {"SHARED" if "SHARED" in names else "FOLDED": not routed, "PRECISION": pick_precision(arch)}
-        divisible = tuple(name for name in numbers if name[-2:] in ("_b", "_h", "_n", "_m"))
-        yield Variant(kernel, signature, constants, tile.num_warps, tile.num_stages, divisible)
+    names = kernel.arg_names
+    tensors = names[: names.index(next(name for name in names if name.endswith("_b")))]
+    numbers = [n for n in names[len(tensors) :] if not n.isupper()]
+    signature = {name: kinds.get(name, dtype) for name in tensors if name not in absent}
+    signature |= {name: "fp32" if name.endswith("scale") else "i32" for name in numbers}
+    constants = dict.fromkeys(sorted(absent.intersection(names)))
+    constants |= {"CHANNELS": block_e, "BLOCK_E": block_e, "BLOCK_T": tile.tokens, "BLOCK_M": tile.prototypes}
+    constants |= flags | {"PRECISION": pick_precision(arch)}
+    divisible = tuple(name for name in numbers if name[-2:] in ("_b", "_h", "_n", "_m"))
+    return Variant(kernel, signature, constants, tile.num_warps, tile.num_stages, divisible)

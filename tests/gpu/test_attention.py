@@ -55,8 +55,6 @@ def test_options(device, banks, batched, routed):
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("channels", [8, 24, 80])
 def test_dtypes_and_head_sizes(device, dtype, channels):
-    if dtype == torch.bfloat16 and device.type == "cpu":
-        pytest.skip("Triton's interpreter multiplies the bits of bfloat16 tiles as integers")
     check(inputs(device, channels=channels, n=9, dtype=dtype))
 
 
