@@ -60,12 +60,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sinkhorn(
   const SinkhornOptions chosen = options(eps, n_iters, tol, tau_a, tau_b);
   const float *costs = data(cost), *as = data(a), *bs = data(b);
   float* plans = return_plan ? data_of(plan) : nullptr;
+  if (return_plan) prefer_huge_pages(plans, size_t(batch * n * m) * sizeof(float));
   float *fs = data_of(f), *gs = data_of(g), *totals = data_of(total), *values = data_of(value), *errors = data_of(error);
   int64_t* counts = used.mutable_data_ptr<int64_t>();
   const auto solve = DPDIFF_DISPATCH(sinkhorn_dense);
   for_problems(batch, n * m, [&](int64_t i, Arena& arena, bool parallel) {
     SinkhornProblem problem{n, m, at(as, i, n), at(bs, i, m)};
     problem.plan = at(plans, i, n * m);
+    problem.streams = batch * n * m >= int64_t(1) << 21;
     problem.f = at(fs, i, n);
     problem.g = at(gs, i, m);
     problem.cost = totals + i;

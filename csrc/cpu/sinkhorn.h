@@ -3,6 +3,9 @@
 
 #include <stdint.h>
 #include <stdlib.h>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include <algorithm>
 #include <atomic>
@@ -26,6 +29,7 @@ struct SinkhornProblem {
   int64_t n, m;
   const float *a, *b;
   float* plan;              // (n, m), or null
+  bool streams;             // the plan is too large to be found in a cache later
   float *f, *g;             // (n,), (m,), or null
   double *f_wide, *g_wide;  // the same in float64, or null
   float *cost, *value, *error;
@@ -54,6 +58,15 @@ struct SinkhornApplied {
   const float* v;
   double eps;
 };
+
+// Asks for huge pages where `memory` spans several: a new page costs more than what is written to it.
+inline void prefer_huge_pages(void* memory, size_t bytes) {
+#if defined(__linux__)
+  constexpr uintptr_t kPage = uintptr_t(1) << 21;
+  const uintptr_t first = (uintptr_t(memory) + kPage - 1) / kPage * kPage, last = (uintptr_t(memory) + bytes) / kPage * kPage;
+  if (last >= first + 2 * kPage) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+}
 
 // Memory that problems of one thread use one after the other.
 class Arena {
@@ -86,6 +99,7 @@ class Arena {
     bytes = std::max<size_t>(bytes, 1 << 14);
     char* memory = static_cast<char*>(aligned_alloc(64, bytes));
     if (memory == nullptr) throw std::bad_alloc();
+    prefer_huge_pages(memory, bytes);
     blocks_.emplace_back(memory);
     size_ = bytes;
     total_ += bytes;

@@ -4,10 +4,7 @@
 // each row and column, whatever eps is. An iteration reads K once: the row sums of a block give its phi, and with that its
 // part of the column sums. What float32 scalings can't represent is iterated in the log domain (sinkhorn_logs.h).
 
-// K is without what is below 2^-126: with phi psi <= 2^80 that is an error of 2^-46 relative to the sums.
-constexpr float kMostProduct = 0x1p80f, kMostScaling = 0x1p60f, kLeastScaling = 0x1p-60f;
 constexpr double kMostExponent = 30;  // of the kernel of zero potentials
-constexpr float kLeastSum = 0x1p-96f;  // relative to the sum of the other side's scaled weights
 // The rows are taken in up to this many chunks, each with column sums of its own, whether or not they run in parallel: the
 // result doesn't depend on the number of threads.
 constexpr int64_t kMostChunks = 32;
@@ -15,152 +12,6 @@ constexpr int64_t kMostChunks = 32;
 inline int64_t chunks_of(int64_t n, int64_t m) {
   return std::max<int64_t>(std::min({n * m >> 16, kMostChunks, tiles_of(n)}), 1);
 }
-
-// The least and the greatest of positive numbers.
-struct Extent {
-  vfloat low, high;
-
-  Extent() : low(broadcast(INFINITY)), high{} {}  // spelled out: GCC compiles implicit ones for the wrong target
-  DPDIFF_INLINE void include(vfloat x, vint where) {
-    low = minimum(low, select(where, x, broadcast(INFINITY)));
-    high = maximum(high, select(where, x, vfloat{}));
-  }
-  void include(const Extent& other) {
-    low = minimum(low, other.low);
-    high = maximum(high, other.high);
-  }
-  float least() const { return -reduce_max(-low); }
-  float greatest() const { return reduce_max(high); }
-};
-
-// What a pass over rows or columns finds out. Of what carries weight only.
-struct Totals {
-  vfloat error;  // |marginal - target|, before the update
-  vfloat moved;  // weight * scaling
-  Extent sums, scalings;
-
-  Totals() : error{}, moved{} {}
-  void include(const Totals& other) {
-    error += other.error;
-    moved += other.moved;
-    sums.include(other.sums);
-    scalings.include(other.scalings);
-  }
-  // Whether the sums of `total` are right to float32.
-  bool trusted(float total) const {
-    const float low = sums.least();
-    return low == INFINITY || (low >= kLeastSum * total && low >= kTiny && sums.greatest() < 0x1p120f &&
-                               scalings.least() >= 0x1p-100f && scalings.greatest() < 0x1p100f);
-  }
-};
-
-// The rows or the columns, padded to whole tiles with weights of zero.
-struct Side {
-  int64_t n, padded;
-  double tau, damp;
-  const float* given;   // weights
-  float* weight;        // the same, but zero where nothing reaches
-  uint8_t* unreached;
-  double* base;         // f0, g0
-  float* pull;          // relaxed: exp(-base / (tau + eps))
-  float* scaling;       // phi, psi
-  float* moved;         // weight * scaling
-  float* target;        // of the marginal: the weight, or weight exp(-potential / tau)
-  double mass = 0;      // sum of the given weights
-  double stranded = 0;  // what of it nothing reaches; a relaxed marginal just leaves that
-  bool has_zeros = false;
-
-  Side(int64_t n, const float* weights, double tau, double eps, Arena& arena)
-      : n(n), padded(tiles_of(n) * kWidth), tau(tau), damp(relaxed() ? tau / (tau + eps) : 1.0), given(weights) {
-    weight = floats(arena);
-    unreached = arena.take<uint8_t>(padded);
-    base = arena.take<double>(padded);
-    pull = floats(arena);
-    scaling = floats(arena);
-    moved = floats(arena);
-    target = floats(arena);
-    std::fill_n(unreached, padded, 0);
-    std::fill_n(base, padded, 0.0);
-    std::copy_n(weights, n, weight);
-    std::copy_n(weights, n, target);
-  }
-
-  bool relaxed() const { return tau < INFINITY; }
-
-  // False where a weight has no meaning.
-  bool check() {
-    for (int64_t i = 0; i < n; ++i) {
-      if (!(given[i] >= 0 && given[i] < INFINITY)) return false;
-      mass += given[i];
-      has_zeros |= given[i] == 0;
-    }
-    return true;
-  }
-
-  void leave_out(int64_t i) {
-    base[i] = 0;
-    unreached[i] = 1;
-    if (!relaxed()) stranded += weight[i];
-    weight[i] = target[i] = 0;
-  }
-
-  // The scalings of kWidth points from their sums; returns weight * scaling.
-  DPDIFF_INLINE vfloat scale(int64_t i, vfloat sums, float* scaling, Totals& totals) const {
-    const vfloat w = load(weight + i);
-    const vint present = w > vfloat{};
-    const vfloat s = relaxed() ? inverse_power(maximum(sums, broadcast(kTiny)), float(damp)) * load(pull + i) : 1.0f / sums;
-    const vfloat scaled = select(present, w * s, vfloat{});
-    store(scaling + i, s);
-    totals.sums.include(sums, present);
-    totals.scalings.include(s, present);
-    totals.moved += scaled;
-    return scaled;
-  }
-
-  // base + eps log(scaling), +inf where nothing reaches
-  void potentials(double eps, double* to) const {
-    const double unit = kLn2 * eps;
-    for (int64_t i = 0; i < padded; i += kWidth) {
-      vfloat whole, part;
-      split_log2(load(scaling + i), whole, part);
-      store(to + i, load(base + i) + (widen_low(whole) + widen_low(part)) * unit);
-      store(to + i + kWidth / 2, load(base + i + kWidth / 2) + (widen_high(whole) + widen_high(part)) * unit);
-    }
-    for (int64_t i = 0; i < n; ++i) {
-      if (unreached[i]) to[i] = INFINITY;
-    }
-  }
-
-  // Moves the scalings into base. Those that float32 can't hold stay: they are of zero weights.
-  void absorb(double eps) {
-    const double unit = kLn2 * eps;
-    for (int64_t i = 0; i < padded; i += kWidth) {
-      const vfloat s = load(scaling + i);
-      const vint fit = (s >= broadcast(kTiny)) & (s < broadcast(INFINITY));
-      vfloat whole, part;
-      split_log2(select(fit, s, broadcast(1.0f)), whole, part);
-      double *low = base + i, *high = base + i + kWidth / 2;
-      store(low, load(low) + (widen_low(whole) + widen_low(part)) * unit);
-      store(high, load(high) + (widen_high(whole) + widen_high(part)) * unit);
-      store(scaling + i, select(fit, broadcast(1.0f), s));
-      store(moved + i, load(weight + i));
-    }
-  }
-
-  // Whether zero weights have scalings from which a potential can be told.
-  bool zeros_fit() const {
-    for (int64_t i = 0; has_zeros && i < n; ++i) {
-      if (given[i] == 0 && !unreached[i] && !(scaling[i] > kLeastScaling && scaling[i] < kMostScaling)) return false;
-    }
-    return true;
-  }
-
-  float* floats(Arena& arena) const {
-    float* array = arena.take<float>(padded);
-    std::fill_n(array, padded, 0.0f);
-    return array;
-  }
-};
 
 template <class Source>
 class Sinkhorn {
@@ -175,12 +26,14 @@ class Sinkhorn {
         columns_(problem.m, problem.b, options.tau_b, options.eps, arena),
         blocks_(rows_.padded / kWidth),
         width_(columns_.padded),
-        chunks_(chunks_of(problem.n, problem.m)) {
+        chunks_(chunks_of(problem.n, problem.m)),
+        sweep_(choose_sweep(width_)) {
     next_scaling_ = rows_.floats(arena);
     next_moved_ = rows_.floats(arena);
     next_target_ = rows_.floats(arena);
     std::copy_n(rows_.target, rows_.padded, next_target_);
     partial_ = arena.take<float>(chunks_ * width_);
+    totals_ = arena.take<Totals>(chunks_);
     scratch_ = arena.take<float>(parallel ? 0 : width_ * kWidth);
     kernel_ = Source::kStored ? arena.take<float>(blocks_ * width_ * kWidth) : nullptr;
   }
@@ -199,40 +52,39 @@ class Sinkhorn {
   }
 
  private:
-
-  // Calls work(chunk, first block, last block, scratch) for each chunk.
+  // Calls work(chunk, first block, last block, scratch) for each chunk, each thread's from the last on if `backward`.
   template <class Work>
-  void for_chunks(const Work& work) const {
+  void for_chunks(const Work& work, bool backward = false) const {
     for_ranges(parallel_, chunks_, [&](int64_t first, int64_t last) {
       Arena local;
       float* scratch = parallel_ ? local.take<float>(width_ * kWidth) : scratch_;
-      for (; first < last; ++first) work(first, first * blocks_ / chunks_, (first + 1) * blocks_ / chunks_, scratch);
+      for (int64_t k = first; k < last; ++k) {
+        const int64_t chunk = backward ? first + last - 1 - k : k;
+        work(chunk, chunk * blocks_ / chunks_, (chunk + 1) * blocks_ / chunks_, scratch);
+      }
     });
   }
   float* partial(int64_t chunk) const { return partial_ + chunk * width_; }
-  typename Source::Block open(int64_t block) const { return source_.block(block * kWidth); }
 
   // The kernel of zero potentials, in one pass, where float32 holds it: small finite costs. Otherwise false.
   bool build_unshifted() {
     if (rows_.mass == 0 || columns_.mass == 0) return false;
     const vint limit = (vint)broadcast(float(std::min(kMostExponent / scale_, 1e38)));
+    const float scale = float(scale_), rest = float(scale_ - scale);
     std::atomic<bool> good{true};
-    for_chunks([&](int64_t, int64_t first, int64_t last, float*) {
-      const float scale = float(scale_), rest = float(scale_ - scale);
+    for_chunks([&](int64_t, int64_t first, int64_t last, float* scratch) {
       for (; first < last && good.load(std::memory_order_relaxed); ++first) {
-        const auto costs = open(first);
+        const auto costs = source_.rows(first * kWidth, scratch);
         float* block = kernel_ + first * width_ * kWidth;
         vint worst{};
-        for (int64_t j = 0; j < width_; j += kWidth) {
-          Tile c;
-          costs.tile(j, c, 0.0f);
-#pragma GCC unroll 16
-          for (int r = 0; r < kWidth; ++r) {
-            const vint size = (vint)c[r] & 0x7fffffff;  // ordered as integers are: finite numbers, infinity, NaN
+        for (int r = 0; r < kWidth; ++r) {
+          for (int64_t j = 0; j < width_; j += kWidth) {
+            const vfloat c = costs.load(r, j, 0.0f);
+            const vint size = (vint)c & 0x7fffffff;  // ordered as integers are: finite numbers, infinity, NaN
             worst = size > worst ? size : worst;
-            const vfloat x = c[r] * scale;
-            const vfloat lost = rounding_of(c[r], broadcast(scale), x) + c[r] * rest, power = exp2(-x);
-            store(block + (j + r) * kWidth, power - power * (lost * float(kLn2)));
+            const vfloat x = c * scale;
+            const vfloat lost = rounding_of(c, broadcast(scale), x) + c * rest, power = exp2(-x);
+            store(entry(block, width_, j, r), power - power * (lost * float(kLn2)));
           }
         }
         if (any(worst > limit)) good = false;
@@ -252,29 +104,22 @@ class Sinkhorn {
       std::fill_n(nearest, width_, INFINITY);
       vint bad{};
       for (; first < last; ++first) {
-        const auto block = open(first);
-        Tile c, least;
-        for (vfloat& x : least) x = broadcast(INFINITY);
-        for (int64_t j = 0; j < width_; j += kWidth) {
-          block.tile(j, c);
-          const vfloat extra = load(penalty + j);
-#pragma GCC unroll 16
-          for (int r = 0; r < kWidth; ++r) {
-            bad |= ~(c[r] > broadcast(-INFINITY));
-            least[r] = minimum(least[r], c[r] + extra);
-            store(scratch + (j + r) * kWidth, c[r]);
+        const auto costs = source_.rows(first * kWidth, scratch);
+        for (int r = 0; r < kWidth; ++r) {
+          const int64_t i = first * kWidth + r;
+          vfloat least = broadcast(INFINITY);
+          for (int64_t j = 0; j < width_; j += kWidth) {
+            const vfloat c = costs.load(r, j);
+            bad |= ~(c > broadcast(-INFINITY));
+            least = minimum(least, c + load(penalty + j));
+          }
+          const float base = -reduce_max(-least);
+          rows_.base[i] = base;
+          if (!(base < INFINITY && rows_.weight[i] > 0)) continue;
+          for (int64_t j = 0; j < width_; j += kWidth) {
+            store(nearest + j, minimum(load(nearest + j), costs.load(r, j) - base));
           }
         }
-        const vfloat base = reduce_rows(least, Minimum());
-        const vint present = (base < broadcast(INFINITY)) & (load(rows_.weight + first * kWidth) > vfloat{});
-        const vfloat subtract = select(present, base, broadcast(-INFINITY));
-        for (int64_t j = 0; j < width_; j += kWidth) {
-          vfloat column = load(nearest + j);
-#pragma GCC unroll 16
-          for (int r = 0; r < kWidth; ++r) column = minimum(column, load(scratch + (j + r) * kWidth) - subtract[r]);
-          store(nearest + j, column);
-        }
-        for (int r = 0; r < kWidth; ++r) rows_.base[first * kWidth + r] = base[r];
       }
       if (any(bad)) good = false;
     });
@@ -296,22 +141,20 @@ class Sinkhorn {
 
   // f0 of rows without weight, which g0 doesn't look at: min_j (cost_ij - g0_j), so that their K is at most 1 too.
   void lower_zero_rows() {
-    for_chunks([&](int64_t, int64_t first, int64_t last, float*) {
+    for_chunks([&](int64_t, int64_t first, int64_t last, float* scratch) {
       for (; first < last; ++first) {
-        const auto block = open(first);
-        Tile c, least;
-        for (vfloat& x : least) x = broadcast(INFINITY);
-        for (int64_t j = 0; j < width_; j += kWidth) {
-          block.tile(j, c);
-          vfloat g = vfloat{};
-          for (int lane = 0; lane < kWidth; ++lane) g[lane] = float(columns_.base[j + lane]);
-          const vint present = load(columns_.weight + j) > vfloat{};
-          for (int r = 0; r < kWidth; ++r) least[r] = minimum(least[r], select(present, c[r] - g, broadcast(INFINITY)));
-        }
-        const vfloat base = reduce_rows(least, Minimum());
+        const auto costs = source_.rows(first * kWidth, scratch);
         for (int r = 0; r < kWidth; ++r) {
           const int64_t i = first * kWidth + r;
-          if (rows_.weight[i] == 0 && !rows_.unreached[i] && base[r] < INFINITY) rows_.base[i] = base[r];
+          if (rows_.weight[i] != 0 || rows_.unreached[i]) continue;
+          vfloat least = broadcast(INFINITY);
+          for (int64_t j = 0; j < width_; j += kWidth) {
+            const vfloat g = narrow(load(columns_.base + j), load(columns_.base + j + kWidth / 2));
+            const vint present = load(columns_.weight + j) > vfloat{};
+            least = minimum(least, select(present, costs.load(r, j) - g, broadcast(INFINITY)));
+          }
+          const float base = -reduce_max(-least);
+          if (base < INFINITY) rows_.base[i] = base;
         }
       }
     });
@@ -320,26 +163,23 @@ class Sinkhorn {
   // A block of the kernel, from where it is stored, or made in scratch.
   const float* kernel(int64_t block, float* scratch, bool stored) const {
     if (stored) return kernel_ + block * width_ * kWidth;
-    make_kernel(block, scratch);
+    make_kernel(block, scratch, scratch);
     return scratch;
   }
-  void make_kernel(int64_t block, float* kernel) const {
-    const auto costs = open(block);
-    const double* f = rows_.base + block * kWidth;
-    for (int64_t j = 0; j < width_; j += kWidth) {
-      Tile c;
-      costs.tile(j, c);
-#pragma GCC unroll 16
-      for (int r = 0; r < kWidth; ++r) {
-        store(kernel + (j + r) * kWidth, bounded_exp2(exponent(f[r], columns_.base + j, c[r], scale_)));
+  void make_kernel(int64_t block, float* scratch, float* kernel) const {
+    const auto costs = source_.rows(block * kWidth, scratch);
+    for (int r = 0; r < kWidth; ++r) {
+      const double f = rows_.base[block * kWidth + r];
+      for (int64_t j = 0; j < width_; j += kWidth) {
+        store(entry(kernel, width_, j, r), bounded_exp2(exponent(f, columns_.base + j, costs.load(r, j), scale_)));
       }
     }
   }
 
   void build() {
     if (Source::kStored) {
-      for_chunks([&](int64_t, int64_t first, int64_t last, float*) {
-        for (; first < last; ++first) make_kernel(first, kernel_ + first * width_ * kWidth);
+      for_chunks([&](int64_t, int64_t first, int64_t last, float* scratch) {
+        for (; first < last; ++first) make_kernel(first, scratch, kernel_ + first * width_ * kWidth);
       });
     }
     set_pulls();
@@ -351,107 +191,79 @@ class Sinkhorn {
     }
   }
 
-  // The rows' scalings, kept beside the old ones, and the column sums that these give, chunk by chunk. The row sums of the
-  // next block are formed between those of this one and their use, which would otherwise wait for the last of them.
+  // The rows' scalings, kept beside the old ones, and the column sums that these give, chunk by chunk.
   Totals update_rows() {
-    Totals totals[kMostChunks];
+    const RowUpdate update{rows_.rule(), rows_.weight,  rows_.pull,  rows_.moved, rows_.target,
+                           rows_.sums,   next_scaling_, next_moved_, next_target_};
     for_chunks([&](int64_t chunk, int64_t first, int64_t last, float* scratch) {
-      Totals found;
-      Tile sums;
       float* column_sums = partial(chunk);
       std::fill_n(column_sums, width_, 0.0f);
-      const float* block = first < last ? kernel(first, scratch, Source::kStored) : nullptr;
-      if (first < last) row_sums(block, sums);
-      for (; first < last; ++first) {
-        scale_rows(first * kWidth, reduce_rows(sums, Sum()), found);
-        const float* ahead = block;
-        if (first + 1 < last) {
-          if (!Source::kStored) add_rows(block, first * kWidth, column_sums);
-          ahead = kernel(first + 1, scratch, Source::kStored);
-          row_sums(ahead, sums);
-        }
-        if (Source::kStored || first + 1 == last) add_rows(block, first * kWidth, column_sums);
-        block = ahead;
+      const auto go = [&](const float* kernel, int64_t block, int64_t blocks) {
+        sweep_(kernel, blocks * kGroups, width_, columns_.moved, column_sums, update, block * kWidth);
+      };
+      if (Source::kStored) {
+        go(kernel_ + first * width_ * kWidth, first, last - first);
+      } else {
+        for (int64_t block = first; block < last; ++block) go(kernel(block, scratch, false), block, 1);
       }
-      totals[chunk] = found;
-    });
-    for (int64_t chunk = 1; chunk < chunks_; ++chunk) totals[0].include(totals[chunk]);
-    return totals[0];
+      totals_[chunk] = update.review(first * kWidth, last * kWidth, options_.tol > 0);
+    }, used_ % 2 == 1);  // to and fro: of a large kernel, the chunks read last are still in a cache
+    Totals totals;
+    for (int64_t chunk = 0; chunk < chunks_; ++chunk) totals.include(totals_[chunk]);
+    return totals;
   }
 
-  DPDIFF_INLINE void row_sums(const float* block, Tile& sums) const {
-    Tile rows;
-    for (vfloat& x : rows) x = vfloat{};
-    for (int64_t j = 0; j < width_; j += kWidth) {
-      const vfloat v = load(columns_.moved + j);
-#pragma GCC unroll 16
-      for (int r = 0; r < kWidth; ++r) rows[r] += load(block + (j + r) * kWidth) * v;
-    }
-#pragma GCC unroll 16
-    for (int r = 0; r < kWidth; ++r) sums[r] = rows[r];
-  }
-
-  DPDIFF_INLINE void scale_rows(int64_t i, vfloat sums, Totals& totals) const {
-    const vfloat off = load(rows_.moved + i) * sums - load(rows_.target + i);
-    totals.error += maximum(off, -off);
-    const vfloat moved = rows_.scale(i, sums, next_scaling_, totals);
-    store(next_moved_ + i, moved);
-    if (rows_.relaxed()) store(next_target_ + i, moved * sums);
-  }
-
-  DPDIFF_INLINE void add_rows(const float* block, int64_t i, float* column_sums) const {
-    Tile u;
-#pragma GCC unroll 16
-    for (int r = 0; r < kWidth; ++r) u[r] = broadcast(next_moved_[i + r]);
-    for (int64_t j = 0; j < width_; j += kWidth) {
-      vfloat even = load(column_sums + j), odd{};
-#pragma GCC unroll 8
-      for (int r = 0; r < kWidth; r += 2) {
-        even += u[r] * load(block + (j + r) * kWidth);
-        odd += u[r + 1] * load(block + (j + r + 1) * kWidth);
-      }
-      store(column_sums + j, even + odd);
-    }
-  }
-
-  Totals update_columns() {
+  // Sets `carried`, the sum of weight * scaling.
+  Totals update_columns(vfloat& carried) {
     std::swap(rows_.scaling, next_scaling_);
     std::swap(rows_.moved, next_moved_);
     if (rows_.relaxed()) std::swap(rows_.target, next_target_);
+    const Rule rule = columns_.rule();
     Totals totals;
+    carried = vfloat{};
     for (int64_t j = 0; j < width_; j += kWidth) {
-      vfloat sums = load(partial(0) + j);
+      vfloat sums = load(partial(0) + j), moved;
       for (int64_t chunk = 1; chunk < chunks_; ++chunk) sums += load(partial(chunk) + j);
-      store(columns_.moved + j, columns_.scale(j, sums, columns_.scaling, totals));
-      if (columns_.relaxed()) store(columns_.target + j, load(columns_.moved + j) * sums);
+      const vfloat weight = load(columns_.weight + j), scaling = rule.scale(weight, sums, load(columns_.pull + j), moved);
+      totals.restless |= rule.restless(weight, sums, scaling);
+      carried += moved;
+      store(columns_.sums + j, sums);
+      store(columns_.scaling + j, scaling);
+      store(columns_.moved + j, moved);
+      if (rule.relaxed) store(columns_.target + j, moved * sums);
     }
     return totals;
   }
 
   // False where a sum or a scaling leaves what float32 can tell.
   bool iterate_scaled() {
-    float carried = 0;  // g = 0: the scalings undo g0
-    for (int64_t j = 0; j < width_; ++j) {
-      columns_.moved[j] = columns_.weight[j] * float(::exp2(-columns_.base[j] * scale_));
-      carried += columns_.moved[j];
+    for (int64_t j = 0; j < width_; ++j) {  // g = 0: the scalings undo g0
+      columns_.moved[j] = columns_.weight[j] * (columns_.base[j] == 0 ? 1.0f : float(::exp2(-columns_.base[j] * scale_)));
     }
+    vfloat carried = broadcast(columns_.carried() / kWidth);
+    const bool light = std::max(rows_.mass, columns_.mass) <= kMostMass;
+    bool calm = light && reduce_add(carried) <= kMostMass * kBold;
     for (used_ = 0; used_ < options_.n_iters; ++used_) {
       const Totals rows = update_rows();
       if (used_ > 0 && reduce_add(rows.error) + rows_.stranded + columns_.stranded < options_.tol) break;
-      if (!rows.trusted(carried)) return false;
-      const Totals columns = update_columns();
-      if (!columns.trusted(reduce_add(rows.moved))) return false;
-      carried = reduce_add(columns.moved);
+      const vfloat carried_before = carried;
+      const Totals columns = update_columns(carried);
+      bool large = false;
+      if (!calm || any(rows.restless | columns.restless)) {
+        Extent phis, psis;
+        if (!rows_.trusted(reduce_add(carried_before), phis) || !columns_.trusted(rows_.carried(), psis)) return false;
+        const float phi = phis.greatest(), psi = psis.greatest();
+        large = phi * psi > kMostProduct || phi > kMostScaling || psi > kMostScaling || phis.least() < kLeastScaling ||
+                psis.least() < kLeastScaling;
+      }
       record();
-      const float phi = rows.scalings.greatest(), psi = columns.scalings.greatest();
-      const bool large = phi * psi > kMostProduct || phi > kMostScaling || psi > kMostScaling ||
-                         rows.scalings.least() < kLeastScaling || columns.scalings.least() < kLeastScaling;
+      calm = light && !any(columns.restless);
       if ((large || !Source::kStored) && used_ + 1 < options_.n_iters) {
         rows_.absorb(options_.eps);
         columns_.absorb(options_.eps);
         build();
-        carried = 0;
-        for (int64_t j = 0; j < width_; ++j) carried += columns_.weight[j];
+        carried = broadcast(columns_.carried() / kWidth);
+        calm = light;
       }
     }
     return rows_.zeros_fit() && columns_.zeros_fit();
@@ -473,40 +285,22 @@ class Sinkhorn {
   void finish(bool scaled) {
     double cost[kMostChunks] = {}, mass[kMostChunks] = {}, error[kMostChunks] = {};
     for_chunks([&](int64_t chunk, int64_t first, int64_t last, float* scratch) {
-      float* column_sums = partial(chunk);
-      std::fill_n(column_sums, width_, 0.0f);
+      std::fill_n(partial(chunk), width_, 0.0f);
       for (; first < last; ++first) {
         const float* block = kernel(first, scratch, scaled && Source::kStored);
-        const auto costs = open(first);
-        const int64_t i = first * kWidth, n_rows = std::min<int64_t>(kWidth, rows_.n - i);
-        Tile rows;
-        for (vfloat& x : rows) x = vfloat{};
-        vfloat total{};
-        for (int64_t j = 0; j < width_; j += kWidth) {
-          const vfloat v = load(columns_.moved + j);
-          vfloat column = load(column_sums + j);
-          Tile p;
-#pragma GCC unroll 16
-          for (int r = 0; r < kWidth; ++r) {
-            p[r] = rows_.moved[i + r] * load(block + (j + r) * kWidth) * v;
-            rows[r] += p[r];
-            column += p[r];
+        for (int r = 0; r < kWidth; r += kGroup) {
+          vfloat sums[kGroup], costs[kGroup];
+          for (int k = 0; k < kGroup; ++k) finish_row(block, first * kWidth, r + k, partial(chunk), sums[k], costs[k]);
+          const vfloat of_rows = sum_rows(sums), of_costs = sum_rows(costs);
+          const vfloat off = of_rows - load_quad(rows_.target + first * kWidth + r);
+          for (int k = 0; k < kGroup; ++k) {
+            cost[chunk] += of_costs[k];
+            mass[chunk] += of_rows[k];
+            error[chunk] += std::abs(off[k]);
           }
-          store(column_sums + j, column);
-          if (problem_.cost != nullptr) {
-            Tile c;
-            costs.tile(j, c);
-#pragma GCC unroll 16
-            for (int r = 0; r < kWidth; ++r) total += p[r] * finite(c[r]);
-          }
-          if (problem_.plan != nullptr) store_tile(p, problem_.plan + i * columns_.n + j, n_rows, columns_.n - j);
         }
-        const vfloat sums = reduce_rows(rows, Sum());
-        const vfloat off = sums - load(rows_.target + i);
-        cost[chunk] += reduce_add(total);
-        mass[chunk] += reduce_add(sums);
-        error[chunk] += reduce_add(maximum(off, -off));
       }
+      fence_streams();
     });
     for (int64_t chunk = 1; chunk < chunks_; ++chunk) {
       cost[0] += cost[chunk];
@@ -528,15 +322,24 @@ class Sinkhorn {
     *problem_.n_iters = used_;
   }
 
-  // Writes what of a tile is within the edges.
-  DPDIFF_INLINE void store_tile(const Tile& p, float* to, int64_t n_rows, int64_t n_columns) const {
-    if (n_rows == kWidth && n_columns >= kWidth) {
-#pragma GCC unroll 16
-      for (int r = 0; r < kWidth; ++r) store(to + r * columns_.n, p[r]);
-      return;
-    }
-    for (int64_t r = 0; r < n_rows; ++r) {
-      memcpy(to + r * columns_.n, &p[r], std::min<int64_t>(n_columns, kWidth) * sizeof(float));
+  // Writes row r of the plan of a block, sums it and its costs, and adds it to the column sums.
+  DPDIFF_INLINE void finish_row(const float* block, int64_t i, int r, float* column_sums, vfloat& sum, vfloat& cost) const {
+    const int64_t m = columns_.n, row = i + r;
+    float* plan = problem_.plan != nullptr && row < rows_.n ? problem_.plan + row * m : nullptr;
+    const bool past_caches = problem_.streams && m % kWidth == 0 && uintptr_t(plan) % sizeof(vfloat) == 0;
+    const float u = rows_.moved[row];
+    sum = cost = vfloat{};
+    for (int64_t j = 0; j < width_; j += kWidth) {
+      const vfloat p = u * load(entry(block, width_, j, r)) * load(columns_.moved + j);
+      sum += p;
+      store(column_sums + j, load(column_sums + j) + p);
+      if constexpr (Source::kStored) cost += p * finite(source_.block(i).load(r, j));
+      if (plan == nullptr) continue;
+      if (past_caches) {
+        stream(plan + j, p);
+      } else {
+        store_first(plan + j, p, m - j);
+      }
     }
   }
 
@@ -571,8 +374,10 @@ class Sinkhorn {
   const double scale_;  // of costs to exponents of 2
   Side rows_, columns_;
   const int64_t blocks_, width_, chunks_;  // of rows_.padded, columns_.padded
+  const decltype(&sweep<0>) sweep_;
   float *next_scaling_, *next_moved_, *next_target_;
   float* partial_;  // column sums of each chunk
+  Totals* totals_;  // of each chunk
   float* scratch_;
   float* kernel_;
   int64_t used_ = 0;

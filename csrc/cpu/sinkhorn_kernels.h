@@ -1,5 +1,7 @@
 // Sinkhorn for one instruction set; included once for each (foreach_isa.h).
 #include "sinkhorn_tiles.h"
+#include "sinkhorn_sides.h"
+#include "sinkhorn_sweep.h"
 #include "sinkhorn_points.h"
 #include "sinkhorn_forward.h"
 #include "sinkhorn_logs.h"

@@ -24,7 +24,7 @@ void Sinkhorn<Source>::iterate_logs() {
       float* column_greatest = greatest.data() + chunk * width_;
       std::fill_n(column_greatest, width_, -INFINITY);
       for (; first < last; ++first) {
-        const auto block = open(first);
+        const auto block = source_.block(first * kWidth);
         Tile c, most, rows;
         for (int r = 0; r < kWidth; ++r) most[r] = broadcast(-INFINITY), rows[r] = vfloat{};
         for (int64_t j = 0; j < width_; j += kWidth) {
@@ -72,7 +72,7 @@ void Sinkhorn<Source>::iterate_logs() {
       float* column_sums = partial(chunk);
       std::fill_n(column_sums, width_, 0.0f);
       for (; first < last; ++first) {
-        const auto block = open(first);
+        const auto block = source_.block(first * kWidth);
         for (int64_t j = 0; j < width_; j += kWidth) {
           Tile c;
           block.tile(j, c);

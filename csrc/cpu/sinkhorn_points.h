@@ -63,12 +63,12 @@ struct PointsCost {
 
   int64_t n, m, dim, width;
   bool cosine;
-  const float *rows, *columns;  // packed
+  const float *xs, *ys;  // packed
 
   PointsCost(const SinkhornPoints& points, int64_t n, int64_t m, Arena& arena)
       : n(n), m(m), dim(points.dim), width(tiles_of(m) * kWidth), cosine(points.cosine) {
-    rows = checked(pack_points(points.x, n, dim, arena), n);
-    columns = checked(pack_points(points.y, m, dim, arena), m);
+    xs = checked(pack_points(points.x, n, dim, arena), n);
+    ys = checked(pack_points(points.y, m, dim, arena), m);
   }
 
   // A point whose squared distances could overflow becomes NaN, and its costs with it: infinite ones would mean something.
@@ -90,7 +90,7 @@ struct PointsCost {
     int64_t i;
 
     DPDIFF_INLINE void tile(int64_t j, Tile& c) const {
-      const float *x = cost.rows + i * cost.dim, *y = cost.columns + j * cost.dim;
+      const float *x = cost.xs + i * cost.dim, *y = cost.ys + j * cost.dim;
       if (cost.cosine) {
         inner_products(x, y, cost.dim, c);
 #pragma GCC unroll 16
@@ -107,6 +107,23 @@ struct PointsCost {
   };
 
   Block block(int64_t i) const { return {*this, i}; }
+
+  // A block's costs in scratch, laid out as the kernel.
+  struct Rows {
+    const float* costs;
+    int64_t width;
+
+    DPDIFF_INLINE vfloat load(int r, int64_t j, float = INFINITY) const { return load_first(entry(costs, width, j, r), kWidth, 0); }
+  };
+  Rows rows(int64_t i, float* scratch) const {
+    for (int64_t j = 0; j < width; j += kWidth) {
+      Tile c;
+      block(i).tile(j, c);
+#pragma GCC unroll 16
+      for (int r = 0; r < kWidth; ++r) store(entry(scratch, width, j, r), c[r]);
+    }
+    return {scratch, width};
+  }
 };
 
 // Takes the gradient of the cost, tile by tile, on to the points. The gradients of y are collected chunk by chunk of rows,
@@ -129,7 +146,7 @@ class PointsSink {
   DPDIFF_INLINE void add(int64_t chunk, int64_t i, int64_t j, const Tile& change) const {
     const int64_t dim = cost_.dim;
     float* to_y = column_part(chunk) + j * (dim + 1);
-    const float* x = cost_.rows + i * dim;
+    const float* x = cost_.xs + i * dim;
     vfloat total = load(to_y + dim * kWidth);
     for (int r = 0; r < kWidth; ++r) total += change[r];
     store(to_y + dim * kWidth, total);

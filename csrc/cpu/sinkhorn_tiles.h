@@ -93,6 +93,18 @@ struct Maximum {
   DPDIFF_INLINE vfloat operator()(vfloat a, vfloat b) const { return maximum(a, b); }
 };
 
+// Combines the quads of a vector (four lanes each), which are then all alike.
+template <class Combine>
+DPDIFF_INLINE vfloat fold_quads(vfloat x, Combine combine) {
+#if DPDIFF_WIDTH == 16
+  x = combine(x, __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
+  x = combine(x, __builtin_shufflevector(x, x, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11));
+#elif DPDIFF_WIDTH == 8
+  x = combine(x, __builtin_shufflevector(x, x, 4, 5, 6, 7, 0, 1, 2, 3));
+#endif
+  return x;
+}
+
 // Reduces each vector of a tile to one lane: lane r of the result is of rows[r]. Overwrites the tile.
 template <class Combine>
 DPDIFF_INLINE vfloat reduce_rows(Tile& rows, Combine combine) {
@@ -106,7 +118,44 @@ DPDIFF_INLINE vfloat reduce_rows(Tile& rows, Combine combine) {
   return rows[0];
 }
 
-// A cost in memory. block(...).tile(j, c) loads the tile of columns j on, with `beyond` beyond the edges.
+// The first n lanes from memory, the others `beyond`; n may be more than there are.
+DPDIFF_INLINE vfloat load_first(const float* p, int64_t n, float beyond) {
+  if (n >= kWidth) return load(p);
+#if defined(DPDIFF_AVX512)
+  return (vfloat)_mm512_mask_loadu_ps((__m512)broadcast(beyond), (1u << n) - 1, p);
+#else
+  vfloat v = broadcast(beyond);
+  memcpy(&v, p, n * sizeof(float));
+  return v;
+#endif
+}
+DPDIFF_INLINE void store_first(float* p, vfloat v, int64_t n) {
+  if (n >= kWidth) return store(p, v);
+#if defined(DPDIFF_AVX512)
+  _mm512_mask_storeu_ps(p, (1u << n) - 1, (__m512)v);
+#else
+  memcpy(p, &v, n * sizeof(float));
+#endif
+}
+
+// Stores past the caches what nobody reads soon; p is aligned to a vector. fence_streams() before others may look.
+DPDIFF_INLINE void stream(float* p, vfloat v) {
+#if defined(DPDIFF_AVX512)
+  _mm512_stream_ps(p, (__m512)v);
+#elif defined(DPDIFF_AVX2)
+  _mm256_stream_ps(p, (__m256)v);
+#else
+  store(p, v);
+#endif
+}
+DPDIFF_INLINE void fence_streams() {
+#if defined(DPDIFF_AVX512) || defined(DPDIFF_AVX2)
+  _mm_sfence();
+#endif
+}
+
+// A cost in memory. Its pairs are read a block of kWidth rows at a time: block(i).tile(j, c) loads the tile of columns j on,
+// infinite beyond the edges; rows(i, scratch).load(r, j, beyond) a vector of a row: the order that memory is best at.
 struct DenseCost {
   static constexpr bool kStored = true;  // exp(-cost / eps) is worth keeping
 
@@ -114,22 +163,18 @@ struct DenseCost {
   int64_t n, m;
 
   struct Block {
-    const float* rows;
+    const float* first;
     int64_t n_rows, m;
 
-    DPDIFF_INLINE void tile(int64_t j, Tile& c, float beyond = INFINITY) const {
-      if (n_rows == kWidth && j + kWidth <= m) {
+    DPDIFF_INLINE vfloat load(int r, int64_t j, float beyond = INFINITY) const {
+      return r < n_rows ? load_first(first + r * m + j, m - j, beyond) : broadcast(beyond);
+    }
+    DPDIFF_INLINE void tile(int64_t j, Tile& c) const {
 #pragma GCC unroll 16
-        for (int r = 0; r < kWidth; ++r) c[r] = load(rows + r * m + j);
-        return;
-      }
-      const int64_t columns = std::min<int64_t>(kWidth, m - j);
-      for (int r = 0; r < kWidth; ++r) {
-        c[r] = broadcast(beyond);
-        if (r < n_rows) memcpy(&c[r], rows + r * m + j, columns * sizeof(float));
-      }
+      for (int r = 0; r < kWidth; ++r) c[r] = load(r, j);
     }
   };
 
   Block block(int64_t i) const { return {cost + i * m, std::min<int64_t>(kWidth, n - i), m}; }
+  Block rows(int64_t i, float*) const { return block(i); }
 };
