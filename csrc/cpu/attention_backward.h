@@ -164,10 +164,10 @@ class BackwardAttention {
   void block(int s, int64_t m, int64_t count, int n, Ahead& ahead) {
     for (int64_t i = 0; i < count; i += kRows) {
       ahead.step({&problem_.query, &problem_.grad_out, &problem_.out, &problem_.difference});
-      multiply_tile<Engine, Vectors, false>(
-          units_, key_tiles_ + (m + i) * units_, kRows, 1, query_columns_ + n * units_ * kLanes, kLanes, scores_ + i * kLanes, kLanes);
-      multiply_tile<Engine, Vectors, false>(
-          units_, value_tiles_ + (m + i) * units_, kRows, 1, out_columns_ + n * units_ * kLanes, kLanes, slopes_ + i * kLanes, kLanes);
+      score_tile<Engine, Vectors>(
+          units_, key_tiles_ + (m + i) * units_, query_columns_ + n * units_ * kLanes, scores_ + i * kLanes);
+      score_tile<Engine, Vectors>(
+          units_, value_tiles_ + (m + i) * units_, out_columns_ + n * units_ * kLanes, slopes_ + i * kLanes);
     }
     differentiate<Vectors>(s, count, n);
 

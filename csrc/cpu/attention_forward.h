@@ -98,8 +98,8 @@ class ForwardAttention {
     float* answer = answers_[s] + n * padded_ * kLanes;
     for (int64_t i = 0; i < count; i += kRows) {
       ahead.step({&problem_.query});
-      multiply_tile<Engine, Vectors, false>(
-          units_, key_tiles_ + (m + i) * units_, kRows, 1, query_columns_ + n * units_ * kLanes, kLanes, scores_ + i * kLanes, kLanes);
+      score_tile<Engine, Vectors>(
+          units_, key_tiles_ + (m + i) * units_, query_columns_ + n * units_ * kLanes, scores_ + i * kLanes);
     }
     raise<Vectors>(count, started, answer, lanes_[n].reference[s], lanes_[n].total[s]);
     exponentiate<Vectors>(count, lanes_[n].reference[s], lanes_[n].total[s]);

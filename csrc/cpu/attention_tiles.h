@@ -93,6 +93,18 @@ DPDIFF_INLINE void multiply_tile(
   }
 }
 
+// Scores of kRows rows of tiles with columns, over any number of units: beyond kLongest in sums of sums, as in other
+// libraries, or the roundings of wide heads would add up to more than theirs.
+template <class Engine, int Vectors>
+DPDIFF_INLINE void score_tile(int64_t units, const float* tile, const float* columns, float* scores) {
+  constexpr int64_t kLongest = 128;
+  multiply_tile<Engine, Vectors, false>(smaller(kLongest, units), tile, kRows, 1, columns, kLanes, scores, kLanes);
+  for (int64_t u = kLongest; u < units; u += kLongest) {
+    multiply_tile<Engine, Vectors, true>(
+        smaller(kLongest, units - u), tile + u * kRows, kRows, 1, columns + u * kLanes, kLanes, scores, kLanes);
+  }
+}
+
 template <typename T>
 DPDIFF_INLINE void load_row(const T* from, int64_t n, float* to) {
   int64_t e = 0;

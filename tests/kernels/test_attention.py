@@ -145,9 +145,12 @@ def test_one_bank_is_scaled_dot_product_attention(backend):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("m", [100, 1024])
-def test_errors_are_no_larger_than_those_of_scaled_dot_product_attention(backend, dtype, m):
-    tensors = inputs(batch=2, heads=2, n=200, channels=64, m=m, m_global=None, dtype=dtype)
+@pytest.mark.parametrize(
+    ("m", "channels", "logits"), [(100, 64, 1), (1024, 64, 1), (100, 20, 1), (100, 256, 1), (100, 64, 3e3)]
+)
+def test_errors_are_no_larger_than_those_of_scaled_dot_product_attention(backend, dtype, m, channels, logits):
+    tensors = inputs(batch=2, heads=2, n=200, channels=channels, m=m, m_global=None, dtype=dtype)
+    tensors["query"] *= logits  # up to 1e4
     direction = torch.randn(tensors["query"].shape, generator=torch.Generator().manual_seed(9)).to(dtype)
 
     def run(attention, dtype):
