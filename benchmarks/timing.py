@@ -10,7 +10,7 @@ from typing import Self
 import torch
 
 _RESOLVED = {"cpu": 1e-3, "cuda": 1e-2}  # seconds that a round lasts at least
-_SLOW = 5.0  # seconds of a call from which on one round has to do
+_SLOW = 2.5  # seconds of a call from which on one round has to do
 
 
 @dataclass(frozen=True)
