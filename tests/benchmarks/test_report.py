@@ -1,6 +1,8 @@
 """The page of results: what it says is in the results, and nothing else is."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 
@@ -8,6 +10,7 @@ from benchmarks import report, results
 from benchmarks.limits import Limits
 from benchmarks.results import Measurement, Record, Work
 
+ROOT = Path(__file__).parents[2]
 LIMITS = Limits({"float32": 1e11, "bfloat16": 4e11}, 2e10, "cpu", 2)
 
 
@@ -87,3 +90,14 @@ def test_the_summary_replaces_the_one_in_the_readme(found):
     assert report.update_readme(once, [found], "docs/benchmarks.md") == once
     with pytest.raises(ValueError, match="lacks"):
         report.update_readme("no marks", [found], "docs/benchmarks.md")
+
+
+def test_the_published_page_is_what_the_stored_results_say():
+    """No figure of docs/benchmarks.md or of the README's summary was typed."""
+    published = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    (command,) = re.findall(r"^python -m benchmarks\.report .*$", published, re.MULTILINE)
+    paths = [ROOT / word for word in command.split() if word.endswith(".json")]
+    runs, studies = report.read(paths)
+    assert report.page(runs, studies, command) == published
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert report.update_readme(readme, runs, "docs/benchmarks.md") == readme

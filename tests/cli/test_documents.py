@@ -1,6 +1,7 @@
 """What the README and examples/ show runs as it stands."""
 
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +13,9 @@ from dpdiff.cli.app import app
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = README + (ROOT / "docs" / "benchmarking.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-COMMANDS = re.findall(r"^dpdiff ([a-z].*)$", README, re.MULTILINE)
+COMMANDS = re.findall(r"^dpdiff ([a-z].*?)(?: +#.*)?$", PAGES, re.MULTILINE)
 
 
 @pytest.mark.parametrize("code", BLOCKS, ids=[f"block{i}" for i in range(len(BLOCKS))])
@@ -22,10 +24,19 @@ def test_python_of_the_readme(code, tmp_path, monkeypatch):
     exec(compile(code, "README.md", "exec"), {})
 
 
+@pytest.mark.parametrize("page", ["README.md", *sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))])
+def test_links_between_pages_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#:]+)\)", (ROOT / page).read_text(encoding="utf-8")):
+        assert (ROOT / page).parent.joinpath(target).exists(), target
+
+
 @pytest.mark.parametrize("line", COMMANDS)
 def test_commands_of_the_readme_are_understood(line):
-    name, *arguments = line.split()
+    name, *arguments = shlex.split(line)
     command = typer.main.get_command(app).commands[name]
+    if name == "bench":
+        name, *arguments = arguments
+        command = command.commands[name]
     command.make_context(name, arguments)  # raises for an option that isn't there or a value it doesn't take
 
 
