@@ -300,7 +300,7 @@ class Sinkhorn {
           }
         }
       }
-      fence_streams();
+      stream_end();
     });
     for (int64_t chunk = 1; chunk < chunks_; ++chunk) {
       cost[0] += cost[chunk];

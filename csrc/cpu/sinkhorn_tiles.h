@@ -138,22 +138,6 @@ DPDIFF_INLINE void store_first(float* p, vfloat v, int64_t n) {
 #endif
 }
 
-// Stores past the caches what nobody reads soon; p is aligned to a vector. fence_streams() before others may look.
-DPDIFF_INLINE void stream(float* p, vfloat v) {
-#if defined(DPDIFF_AVX512)
-  _mm512_stream_ps(p, (__m512)v);
-#elif defined(DPDIFF_AVX2)
-  _mm256_stream_ps(p, (__m256)v);
-#else
-  store(p, v);
-#endif
-}
-DPDIFF_INLINE void fence_streams() {
-#if defined(DPDIFF_AVX512) || defined(DPDIFF_AVX2)
-  _mm_sfence();
-#endif
-}
-
 // A cost in memory. Its pairs are read a block of kWidth rows at a time: block(i).tile(j, c) loads the tile of columns j on,
 // infinite beyond the edges; rows(i, scratch).load(r, j, beyond) a vector of a row: the order that memory is best at.
 struct DenseCost {
