@@ -58,6 +58,11 @@ VALUES_TILE = dict(BN=8, BD=256)
 SUMS_TILE = dict(R=32, BD=64)
 
 
+def settle_warps(arch: str) -> int:
+    """Where neither spills."""
+    return 8 if arch == "sm_90" else 4
+
+
 def _gradients_tile(slots: int) -> dict[str, int]:
     return dict(BN=8, BD=128 if slots <= 8 else 64)
 
@@ -104,7 +109,8 @@ def _search(
         x, scales, remainders = _pack(tokens, _norms(tokens), largest, kind, own=True)
 
     slots = slots_of(k)
-    tile = screen_tile(arch_of(tokens.device), 0 if routed else n_prototypes, slots)
+    arch = arch_of(tokens.device)
+    tile = screen_tile(arch, 0 if routed else n_prototypes, slots)
     keys = tokens.new_empty(n_batch, n, slots, dtype=torch.float32)
     positions = tokens.new_empty(n_batch, n, slots, dtype=torch.int32)
     unsettled = tokens.new_empty(n_batch, n, dtype=torch.int64)
@@ -121,7 +127,7 @@ def _search(
             tokens, prototypes, scales, remainders, norms, largest, bank_remainder, rows, counts, keys, positions,
             scores, indices, goodness, unsettled, n_unsettled, n, n_prototypes, d, k,
             **options, PACKED=packed, WITH_GOODNESS=with_goodness, SLOTS=slots,
-            KEY_BITS=tile.prototypes.bit_length() - 1, **SETTLE_TILE,
+            KEY_BITS=tile.prototypes.bit_length() - 1, **SETTLE_TILE, num_warps=settle_warps(arch),
         )  # fmt: skip
         launch(exhaust_kernel)[(n_batch * triton.cdiv(n, EXHAUST_TILE["BN"]),)](
             tokens, prototypes, norms, rows, counts, scores, indices, goodness, unsettled, n_unsettled,
@@ -306,7 +312,8 @@ def variants(arch: str) -> Iterator[Variant]:
                     yield variant(screen_kernel, operand, flags | blocks, **compiled)
             for operand in ("fp32", "bf16"):
                 flags = dict(METRIC=metric, PACKED=operand == "fp32", SHARED=True, ROUTED=True, WITH_GOODNESS=True)
-                yield variant(settle_kernel, operand, flags | dict(SLOTS=slots, KEY_BITS=7) | SETTLE_TILE)
+                flags |= dict(SLOTS=slots, KEY_BITS=7)
+                yield variant(settle_kernel, operand, flags | SETTLE_TILE, num_warps=settle_warps(arch))
         for operand in ("fp32", "bf16"):
             for slots in (1, 4, 32):
                 flags = dict(METRIC=metric, SHARED=True, ROUTED=True, WITH_GOODNESS=True, SLOTS=slots)
