@@ -39,8 +39,8 @@ class DLSR(Detector):
             of the vector and its reconstruction, averaged over stages; "lr", the paper's likelihood regret, the error
             of the model as it was after the first pass over the training images minus that of the final one, which
             tells images that are far out, but of near ones is smaller than of those in distribution, which gain most
-            from training; "ratio", the final error over the first one, larger out of distribution near and far. The
-            last two keep both sets of weights.
+            from training; "ratio", the final error over the first one, which is free of their scale. The last two keep
+            both sets of weights.
         hidden: width of the denoiser; twice the vector's length when None. depth: its residual blocks; the paper's
             has 16.
         n_timesteps: of the diffusion, whose noise levels are those of the paper's code for 100.
