@@ -16,7 +16,7 @@ from dpdiff.detector import Detector, Prediction, check_images
 from dpdiff.diffusion import Diffusion
 from dpdiff.draws import Draws
 
-SCORES = ("ratio", "mse", "mfsim", "lr")
+SCORES = ("mse", "mfsim", "lr", "ratio")
 _EPS = 1e-6  # of variances
 _LEAST_SCALE = 1e-3  # of what hardly varies over the training images; a stage's part has variance 1
 _TIMESTEP_DIM = 128
@@ -62,7 +62,7 @@ class DLSR(Detector):
         backbone_weights: str | None = None,
         pretrained: bool = True,
         image_size: int = 224,
-        score: str = "ratio",
+        score: str = "mse",
         hidden: int | None = None,
         depth: int = 2,
         n_timesteps: int = 100,

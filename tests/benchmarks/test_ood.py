@@ -25,7 +25,7 @@ def test_study(tmp_path, monkeypatch, capsys):
     for row in one["splits"]:
         assert len(row["in"]) == 2 and len(row["out"]) == 1 and not set(row["in"]) & set(row["out"])
         assert row["images"] == [32, 16, 8]
-    methods = ["DLSR, ratio", "DLSR, mse", "DLSR, mfsim", "DLSR, lr", "Mahalanobis", "k-NN", "PCA"]
+    methods = ["DLSR, mse", "DLSR, mfsim", "DLSR, lr", "DLSR, ratio", "Mahalanobis", "k-NN", "PCA"]
     assert list(one["mean"]) == methods
     for name in methods:
         for figure in OOD_FIGURES:
