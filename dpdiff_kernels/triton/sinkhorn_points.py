@@ -20,17 +20,17 @@ _INF = tl.constexpr(float("inf"))
 _LARGEST_SQUARE = 8e37  # beyond, a squared distance could overflow
 
 
-def _tiles(arch: str, dim: int, pairs: bool = False, applying: bool = False) -> dict[str, int | str | bool]:
+def _tiles(arch: str, dim: int, applying: bool = False) -> dict[str, int | str | bool]:
     """Output and reduced points of a tile, the part of their dimension that is held at a time, and how many warps hold
     it. Products are as exact as float32's: of three TF32 where there are any."""
-    whole = dim <= 64
+    whole = dim <= (32 if applying else 64)
     return {
         "OUT": 64,
-        "REDUCED": 32 if pairs else 64,
-        "CHUNK": 64 if 32 < dim <= 64 else 32,
+        "REDUCED": 32 if applying or (arch == "sm_80" and dim > 32) else 64,
+        "CHUNK": 64 if whole and dim > 32 else 32,
         "WHOLE": whole,
         "PRECISION": "ieee" if arch == "gfx942" else "tf32x3",
-        "num_warps": 8 if applying or not whole else 4,
+        "num_warps": 8 if applying or dim > 32 else 4,
         "num_stages": 1 if arch == "gfx942" else 2,
     }
 
@@ -222,7 +222,7 @@ class _Points:
             biases = self._bias(h, 0), self._bias(k, 1)
             u, t = (None, None) if pair is None else (pair[side].contiguous(), pair[other].contiguous())
             chunk_v = 16 if depth <= 16 else 64
-            tiles = _tiles(self.arch, self.dim, pairs=pair is not None, applying=True)
+            tiles = _tiles(self.arch, self.dim, applying=True)
             grid = self.batch * triton.cdiv(n, tiles["OUT"]), max(1, triton.cdiv(depth, chunk_v))
             _apply[grid](
                 x, y, biases[side], biases[other], u, t, x.new_ones(self.batch, m) if w is None else w,
@@ -348,7 +348,7 @@ def variants(arch: str) -> Iterator[Variant]:
                 signature = {name: kind for name, kind in everything.items() if name not in constants}
                 yield Variant(_half_step, signature, constants, n_warps, n_stages, divisible=("dim",))
         for missing, chunks_v in ((("u", "t", "v", "out"), (16,)), (("u", "t"), (16, 64)), ((), (16, 64))):
-            tiles = _tiles(arch, dim, pairs="u" not in missing, applying=True)
+            tiles = _tiles(arch, dim, applying=True)
             n_warps, n_stages = tiles.pop("num_warps"), tiles.pop("num_stages")
             for chunk_v in chunks_v:
                 constants = tiles | {"CHUNK_U": 32, "CHUNK_V": chunk_v} | dict.fromkeys(missing)
