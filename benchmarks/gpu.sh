@@ -33,6 +33,10 @@ if ((build_cuda)) && ! compgen -G "dpdiff_kernels/_C*.so" >/dev/null; then
     step build_cpu 25 "$python" setup.py -q build_ext --inplace
 fi
 step tests 95 "$python" -m pytest tests/gpu -q -p no:cacheprovider
+if command -v compute-sanitizer >/dev/null; then # every instruction is checked: one small case of each kernel
+    step sanitize 30 compute-sanitizer --target-processes all --error-exitcode 3 "$python" -m pytest tests/gpu/test_nearest.py \
+        -q -p no:cacheprovider -k "equal_prototypes or values_and_gradients or statistics"
+fi
 export DPDIFF_BACKEND=triton
 mkdir -p "$out/results"
 bench() { # suite seconds
@@ -43,8 +47,8 @@ bench ops/bench_attention.py 60
 bench ops/bench_nearest.py 45
 bench ops/bench_sinkhorn.py 45
 bench ops/bench_scaling.py 20
-bench model 40
-step tune 70 "$python" -m benchmarks.tune --seconds 50 --json "$out/tune.json"
+bench model 30
+step tune 60 "$python" -m benchmarks.tune --seconds 40 --json "$out/tune.json"
 step report 25 "$python" -m benchmarks.report "$out"/results/*.json --page "$out/README.md"
 
 if ((${#failed[@]})); then
