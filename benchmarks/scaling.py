@@ -54,17 +54,8 @@ def _dpdiff(model: str, catalogue, steps: int, shared: Sequence[str]) -> dict:
         images = _images(catalogue.train, detector.image_size)
         found = {"inference": len(images) / best_time(lambda: detector.predict(images), "cpu", 2.0)}
         tokens = detector.tokenize(images).clone()
-        optimizer = torch.optim.AdamW([p for p in detector.parameters() if p.requires_grad], lr=0.0)
-        precision = training._best_precision("cpu") == "bf16-mixed"
         detector.train()
-
-        def step() -> None:
-            with torch.autocast("cpu", torch.bfloat16, enabled=precision):
-                loss = detector.losses(tokens)["loss"]
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-
+        step = training_step(detector, tokens, training._best_precision("cpu") == "bf16-mixed")
         found["training"] = len(images) / best_time(step, "cpu", 2.0)
         return found | (_accuracy(detector.eval(), catalogue, detector.image_size, shared) if shared else {})
 

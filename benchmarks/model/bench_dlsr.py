@@ -6,11 +6,10 @@ Scoring is to add at most a tenth to the time of the backbone, whose ratio then 
 inputs are random: the time doesn't depend on them.
 """
 
-from contextlib import nullcontext
-
 import pytest
 import torch
 
+from benchmarks.training_step import training_step
 from dpdiff import DLSR
 
 ours = pytest.mark.parametrize("contender", ["dpdiff"])
@@ -46,16 +45,7 @@ def test_scoring_many(measure, model, contender):
 
 @ours
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_training_step(measure, model, device, precision, contender):
+def test_training_step(measure, model, precision, contender):
     batch = model.TRAINING["batch_size"]
     x = vectors(model, batch)
-    optimizer = torch.optim.AdamW(model.denoiser.parameters(), lr=1e-5)
-
-    def step():
-        with torch.autocast(device, torch.bfloat16) if precision == "bfloat16" else nullcontext():
-            loss = model.losses(x)["loss"]
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    measure(f"training step, {batch} cached vectors, {precision}", step)
+    measure(f"training step, {batch} cached vectors, {precision}", training_step(model, x, precision == "bfloat16"))

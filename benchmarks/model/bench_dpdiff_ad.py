@@ -6,13 +6,12 @@ A training step is losses, gradients and AdamW on a batch of 16 from cached feat
 backbone, which is the same for both. Weights and inputs are random: the time doesn't depend on them.
 """
 
-from contextlib import nullcontext
-
 import pytest
 import torch
 
 import dpdiff_kernels as dk
 from benchmarks.contenders import contenders
+from benchmarks.training_step import training_step
 from dpdiff import DPDiffAD
 
 BATCH = 16
@@ -33,19 +32,9 @@ def tokens(model, device):
 
 @contenders()
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_training_step(measure, model, tokens, device, precision, contender):
+def test_training_step(measure, model, tokens, precision, contender):
     model.train()
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-5)
-
-    def step():
-        with torch.autocast(device, torch.bfloat16) if precision == "bfloat16" else nullcontext():
-            loss = model.losses(tokens)["loss"]
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    measure(f"training step, {BATCH} images, {precision}", step)
+    measure(f"training step, {BATCH} images, {precision}", training_step(model, tokens, precision == "bfloat16"))
 
 
 @contenders()
