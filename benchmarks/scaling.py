@@ -24,6 +24,7 @@ import torch
 import dpdiff_kernels as dk
 from benchmarks import results
 from benchmarks.timing import best_time
+from benchmarks.training_step import training_step
 from dpdiff import DPDiffAD, training
 from dpdiff.data import AnomalyDataset, scan
 from dpdiff.data.products import Products
