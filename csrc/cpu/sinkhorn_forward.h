@@ -290,7 +290,7 @@ class Sinkhorn {
         const float* block = kernel(first, scratch, scaled && Source::kStored);
         for (int r = 0; r < kWidth; r += kGroup) {
           vfloat sums[kGroup], costs[kGroup];
-          for (int k = 0; k < kGroup; ++k) finish_row(block, first * kWidth, r + k, partial(chunk), sums[k], costs[k]);
+          finish_group(block, first * kWidth, r, partial(chunk), sums, costs);
           const vfloat of_rows = sum_rows(sums), of_costs = sum_rows(costs);
           const vfloat off = of_rows - load_quad(rows_.target + first * kWidth + r);
           for (int k = 0; k < kGroup; ++k) {
@@ -322,24 +322,33 @@ class Sinkhorn {
     *problem_.n_iters = used_;
   }
 
-  // Writes row r of the plan of a block, sums it and its costs, and adds it to the column sums.
-  DPDIFF_INLINE void finish_row(const float* block, int64_t i, int r, float* column_sums, vfloat& sum, vfloat& cost) const {
+  // Writes rows r to r + 3 of the plan of a block, sums them and their costs, and adds them to the column sums.
+  DPDIFF_INLINE void finish_group(const float* block, int64_t i, int r, float* column_sums, vfloat (&sums)[kGroup],
+                                  vfloat (&costs)[kGroup]) const {
     const int64_t m = columns_.n, row = i + r;
-    float* plan = problem_.plan != nullptr && row < rows_.n ? problem_.plan + row * m : nullptr;
+    float* plan = problem_.plan == nullptr ? nullptr : problem_.plan + row * m;
+    const int n_written = plan == nullptr ? 0 : int(std::clamp<int64_t>(rows_.n - row, 0, kGroup));
     const bool past_caches = problem_.streams && m % kWidth == 0 && uintptr_t(plan) % sizeof(vfloat) == 0;
-    const float u = rows_.moved[row];
-    sum = cost = vfloat{};
+    const auto costs_of = source_.block(i);
+    vfloat u[kGroup];
+    for (int k = 0; k < kGroup; ++k) u[k] = broadcast(rows_.moved[row + k]), sums[k] = costs[k] = vfloat{};
     for (int64_t j = 0; j < width_; j += kWidth) {
-      const vfloat p = u * load(entry(block, width_, j, r)) * load(columns_.moved + j);
-      sum += p;
-      store(column_sums + j, load(column_sums + j) + p);
-      if constexpr (Source::kStored) cost += p * finite(source_.block(i).load(r, j));
-      if (plan == nullptr) continue;
-      if (past_caches) {
-        stream(plan + j, p);
-      } else {
-        store_first(plan + j, p, m - j);
+      const vfloat v = load(columns_.moved + j);
+      vfloat column = load(column_sums + j);
+#pragma GCC unroll 4
+      for (int k = 0; k < kGroup; ++k) {
+        const vfloat p = u[k] * load(entry(block, width_, j, r + k)) * v;
+        sums[k] += p;
+        column += p;
+        if constexpr (Source::kStored) costs[k] += p * finite(costs_of.load(r + k, j));
+        if (k >= n_written) continue;
+        if (past_caches) {
+          stream(plan + k * m + j, p);
+        } else {
+          store_first(plan + k * m + j, p, m - j);
+        }
       }
+      store(column_sums + j, column);
     }
   }
 
@@ -374,7 +383,7 @@ class Sinkhorn {
   const double scale_;  // of costs to exponents of 2
   Side rows_, columns_;
   const int64_t blocks_, width_, chunks_;  // of rows_.padded, columns_.padded
-  const decltype(&sweep<0>) sweep_;
+  Sweep* const sweep_;
   float *next_scaling_, *next_moved_, *next_target_;
   float* partial_;  // column sums of each chunk
   Totals* totals_;  // of each chunk

@@ -77,80 +77,107 @@ struct RowUpdate {
   }
 };
 
-// The rows of `n_groups` groups of the kernel, from row i on: scales them and adds their part to the column sums. Of narrow
-// kernels, kTiles wide, v (the columns' scaled weights) and the column sums stay in registers; kTiles = 0: any width.
+// The rows of `n_groups` groups of the kernel, from row i on: scales them and adds their part to the column sums.
+typedef void Sweep(const float* kernel, int64_t n_groups, int64_t width, const float* v, float* column_sums,
+                   const RowUpdate& update, int64_t i);
+
+// The sweep for kernels kTiles wide, whose v (the columns' scaled weights) and column sums stay in registers. Row sums run a
+// few groups ahead of column sums, so that neither waits for the scalings in between, nor both for memory.
 template <int kTiles>
-void sweep(const float* kernel, int64_t n_groups, int64_t width, const float* v, float* column_sums, const RowUpdate& given,
-           int64_t i) {
+void sweep_narrow(const float* kernel, int64_t n_groups, int64_t, const float* v, float* column_sums, const RowUpdate& given,
+                  int64_t i) {
+  constexpr int kAhead = 4, kSize = kTiles * kGroup * kWidth;
+  // Chains of dependent sums: of few tiles, several each.
+  constexpr int kChains = kTiles <= 2 ? 4 : kTiles <= 4 && DPDIFF_WIDTH == 16 ? 2 : 1;
+  // Loads that step by 2 KB from one turn of a loop to the next halve the rate of Zen 5's second cache; in a turn of several
+  // groups each steps further (784 x 128: 2.8 -> 1.8 us).
+  constexpr int kTurn = kSize * sizeof(float) == 2048 ? 8 : 1;
   const RowUpdate update = given;  // what the stores below can't change
-  vfloat v_held[kTiles + 1], sums_held[kTiles + 1];
+  vfloat v_held[kTiles], sums[kTiles][kChains] = {};
 #pragma GCC unroll 8
   for (int t = 0; t < kTiles; ++t) {
     v_held[t] = load(v + t * kWidth);
-    sums_held[t] = load(column_sums + t * kWidth);
+    sums[t][0] = load(column_sums + t * kWidth);
   }
-  for (int64_t group = 0; group < n_groups; ++group, i += kGroup, kernel += kGroup * width) {
+  const float *ahead = kernel, *u = update.next_moved + i;
+  const auto step = [&](bool rows_too, bool columns_too) __attribute__((always_inline)) {
     vfloat rows[kGroup] = {};
-    if (kTiles > 0) {
 #pragma GCC unroll 8
-      for (int t = 0; t < kTiles; ++t) {
+    for (int t = 0; t < kTiles; ++t) {
 #pragma GCC unroll 4
-        for (int r = 0; r < kGroup; ++r) rows[r] += load(kernel + (t * kGroup + r) * kWidth) * v_held[t];
-      }
-    } else {
-      vfloat odd[kGroup] = {};
-      int64_t j = 0;
-      for (; j + 2 * kWidth <= width; j += 2 * kWidth) {
-        const vfloat low = load(v + j), high = load(v + j + kWidth);
-        const float* tiles = kernel + j * kGroup;
+      for (int r = 0; rows_too && r < kGroup; ++r) rows[r] += load(ahead + (t * kGroup + r) * kWidth) * v_held[t];
 #pragma GCC unroll 4
-        for (int r = 0; r < kGroup; ++r) {
-          rows[r] += load(tiles + r * kWidth) * low;
-          odd[r] += load(tiles + (kGroup + r) * kWidth) * high;
-        }
+      for (int r = 0; columns_too && r < kGroup; ++r) {
+        sums[t][r % kChains] += broadcast(u[r]) * load(kernel + (t * kGroup + r) * kWidth);
       }
+    }
+    if (columns_too) u += kGroup, kernel += kSize;
+    if (rows_too) update(i, sum_rows(rows)), i += kGroup, ahead += kSize;
+  };
+  const int64_t first = std::min<int64_t>(kAhead, n_groups);
+  int64_t rest = n_groups - first;
+  for (int64_t k = 0; k < first; ++k) step(true, false);
+  for (; rest >= kTurn; rest -= kTurn) {
+#pragma GCC unroll 8
+    for (int k = 0; k < kTurn; ++k) step(true, true);
+  }
+  for (; rest > 0; --rest) step(true, true);
+  for (int64_t k = 0; k < first; ++k) step(false, true);
+#pragma GCC unroll 8
+  for (int t = 0; t < kTiles; ++t) {
+#pragma GCC unroll 4
+    for (int k = 1; k < kChains; ++k) sums[t][0] += sums[t][k];
+    store(column_sums + t * kWidth, sums[t][0]);
+  }
+}
+
+// The sweep for kernels of any width.
+inline void sweep_wide(const float* kernel, int64_t n_groups, int64_t width, const float* v, float* column_sums,
+                       const RowUpdate& given, int64_t i) {
+  const RowUpdate update = given;
+  for (int64_t group = 0; group < n_groups; ++group, i += kGroup, kernel += kGroup * width) {
+    vfloat rows[kGroup] = {}, odd[kGroup] = {};
+    int64_t j = 0;
+    for (; j + 2 * kWidth <= width; j += 2 * kWidth) {
+      const vfloat low = load(v + j), high = load(v + j + kWidth);
+      const float* tiles = kernel + j * kGroup;
 #pragma GCC unroll 4
       for (int r = 0; r < kGroup; ++r) {
-        if (j < width) rows[r] += load(kernel + j * kGroup + r * kWidth) * load(v + j);
-        rows[r] += odd[r];
+        rows[r] += load(tiles + r * kWidth) * low;
+        odd[r] += load(tiles + (kGroup + r) * kWidth) * high;
       }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < kGroup; ++r) {
+      if (j < width) rows[r] += load(kernel + j * kGroup + r * kWidth) * load(v + j);
+      rows[r] += odd[r];
     }
     const vfloat scaled = update(i, sum_rows(rows));
     const vfloat u[kGroup] = {DPDIFF_PICK(scaled, scaled, 0, 0, 0, 0), DPDIFF_PICK(scaled, scaled, 1, 1, 1, 1),
                               DPDIFF_PICK(scaled, scaled, 2, 2, 2, 2), DPDIFF_PICK(scaled, scaled, 3, 3, 3, 3)};
-    if (kTiles > 0) {
-#pragma GCC unroll 4
-      for (int r = 0; r < kGroup; ++r) {
-#pragma GCC unroll 8
-        for (int t = 0; t < kTiles; ++t) sums_held[t] += u[r] * load(kernel + (t * kGroup + r) * kWidth);
-      }
-    } else {
-      for (int64_t j = 0; j < width; j += kWidth) {
-        const float* tile = kernel + j * kGroup;
-        const vfloat even = load(column_sums + j) + u[0] * load(tile) + u[2] * load(tile + 2 * kWidth);
-        const vfloat odd = u[1] * load(tile + kWidth) + u[3] * load(tile + 3 * kWidth);
-        store(column_sums + j, even + odd);
-      }
+    for (int64_t j = 0; j < width; j += kWidth) {
+      const float* tile = kernel + j * kGroup;
+      const vfloat even = load(column_sums + j) + u[0] * load(tile) + u[2] * load(tile + 2 * kWidth);
+      const vfloat odd = u[1] * load(tile + kWidth) + u[3] * load(tile + 3 * kWidth);
+      store(column_sums + j, even + odd);
     }
   }
-#pragma GCC unroll 8
-  for (int t = 0; t < kTiles; ++t) store(column_sums + t * kWidth, sums_held[t]);
 }
 
 // The sweep for kernels of `width` columns.
-inline decltype(&sweep<0>) choose_sweep(int64_t width) {
+inline Sweep* choose_sweep(int64_t width) {
   switch (width / kWidth) {
-    case 1: return sweep<1>;
-    case 2: return sweep<2>;
-    case 3: return sweep<3>;
-    case 4: return sweep<4>;
+    case 1: return sweep_narrow<1>;
+    case 2: return sweep_narrow<2>;
+    case 3: return sweep_narrow<3>;
+    case 4: return sweep_narrow<4>;
 #if defined(DPDIFF_AVX512)  // has 32 registers
-    case 5: return sweep<5>;
-    case 6: return sweep<6>;
-    case 7: return sweep<7>;
-    case 8: return sweep<8>;
+    case 5: return sweep_narrow<5>;
+    case 6: return sweep_narrow<6>;
+    case 7: return sweep_narrow<7>;
+    case 8: return sweep_narrow<8>;
 #endif
-    default: return sweep<0>;
+    default: return sweep_wide;
   }
 }
 
