@@ -12,6 +12,7 @@
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <utility>
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -137,13 +138,6 @@ struct Routes {
     std::sort(used.begin(), used.end());
     used.erase(std::unique(used.begin(), used.end()), used.end());
   }
-
-  // Where the active prototypes are among the used ones.
-  std::vector<int64_t> rows() const {
-    std::vector<int64_t> places;
-    for (const int64_t i : active) places.push_back(std::lower_bound(used.begin(), used.end(), i) - used.begin());
-    return places;
-  }
 };
 
 // The inputs of both directions, kept alive in the layout that the kernels read.
@@ -226,44 +220,78 @@ struct Free {
   void operator()(void* memory) const { free(memory); }
 };
 
-// The gradients of a bank (both empty without one), and the parts that they are summed up in.
+// The rows in which a shared bank's gradient is summed up in parts, see BankGradient.
+struct PartialSums {
+  bool routed = false;
+  int64_t rows = 0;
+  std::vector<int64_t> prototypes, first{0}, places;
+  std::vector<int64_t> of_active;  // with routes: the row of each of Routes::active
+
+  // A row for each prototype in each part.
+  PartialSums(int64_t parts, int64_t count) : rows(parts * count) {
+    for (int64_t i = 0; i < count; ++i) {
+      prototypes.push_back(i);
+      for (int64_t part = 0; part < parts; ++part) places.push_back(part * count + i);
+      first.push_back(places.size());
+    }
+  }
+
+  // A row for each prototype in each part with an image that uses it.
+  PartialSums(int64_t parts, int64_t batch, const Routes& routes)
+      : routed(true), prototypes(routes.used), of_active(routes.active.size()) {
+    std::vector<std::pair<int64_t, int64_t>> found;  // prototype, row
+    for (int64_t part = 0; part < parts; ++part) {
+      const int64_t begin = routes.offsets[batch * part / parts], end = routes.offsets[batch * (part + 1) / parts];
+      std::vector<int64_t> seen(routes.active.begin() + begin, routes.active.begin() + end);
+      std::sort(seen.begin(), seen.end());
+      seen.erase(std::unique(seen.begin(), seen.end()), seen.end());
+      for (int64_t k = begin; k < end; ++k) {
+        of_active[k] = rows + (std::lower_bound(seen.begin(), seen.end(), routes.active[k]) - seen.begin());
+      }
+      for (const int64_t prototype : seen) found.emplace_back(prototype, rows++);
+    }
+    std::sort(found.begin(), found.end());
+    for (size_t k = 0; k < found.size(); ++k) {
+      places.push_back(found[k].second);
+      if (k + 1 == found.size() || found[k + 1].first != found[k].first) first.push_back(k + 1);
+    }
+  }
+};
+
+// The gradients of a bank (both empty without one), and the rows that they are summed up in.
 struct BankGradients {
   Tensor key, value;
-  const std::vector<int64_t>* used;
-  std::unique_ptr<float, Free> key_parts, value_parts;
+  std::unique_ptr<float, Free> rows;
 
-  // used: of the bank's prototypes, those that have a gradient; null: all.
-  BankGradients(const Tensor& query, const Bank& bank, const std::vector<int64_t>* used, const AttentionBackward& problem,
-                BankGradient& to)
-      : key(torch::stable::new_empty(query, {0})), value(torch::stable::new_empty(query, {0})), used(used) {
+  BankGradients(const Tensor& query, const Bank& bank, const PartialSums& sums, const AttentionBackward& problem, BankGradient& to)
+      : key(torch::stable::new_empty(query, {0})), value(torch::stable::new_empty(query, {0})) {
     if (bank.count == 0) return;
-    const bool direct = bank.shared && problem.parts == 1 && used == nullptr && problem.dtype == DType::float32;
+    const bool direct = bank.shared && problem.parts == 1 && !sums.routed && problem.dtype == DType::float32;
     for (Tensor* gradient : {&key, &value}) {
       std::vector<int64_t> sizes{problem.heads, bank.count, problem.channels};
       if (!bank.shared) sizes.insert(sizes.begin(), problem.batch);
-      *gradient = used != nullptr ? untouched_zeros(query, sizes) : fresh(query, sizes);
+      *gradient = sums.routed ? untouched_zeros(query, sizes) : fresh(query, sizes);
       if (direct) torch::stable::zero_(*gradient);
     }
     to.key = rows_of(key), to.value = rows_of(value);
-    to.rows = used == nullptr ? bank.count : used->size();
+    to.rows = sums.rows;
+    to.prototypes = sums.prototypes.data(), to.n_prototypes = sums.prototypes.size();
+    to.first = sums.first.data(), to.places = sums.places.data();
     if (direct) {
-      to.key_parts = float_data(key), to.value_parts = float_data(value);
+      to.key_rows = float_data(key), to.value_rows = float_data(value);
     } else if (bank.shared) {
-      const size_t size = problem.heads * problem.parts * to.rows * problem.channels + 1;
-      key_parts.reset(static_cast<float*>(calloc(size, sizeof(float))));
-      value_parts.reset(static_cast<float*>(calloc(size, sizeof(float))));
-      if (key_parts == nullptr || value_parts == nullptr) throw std::bad_alloc();
-      to.key_parts = key_parts.get(), to.value_parts = value_parts.get();
+      const size_t size = problem.heads * sums.rows * problem.channels;
+      rows.reset(static_cast<float*>(calloc(2 * size + 1, sizeof(float))));
+      if (rows == nullptr) throw std::bad_alloc();
+      to.key_rows = rows.get(), to.value_rows = rows.get() + size;
     }
   }
 
   void add_parts(const AttentionBackward& problem, const BankGradient& to) const {
-    if (key_parts == nullptr) return;
+    if (rows == nullptr) return;
     const auto kernel = DPDIFF_DISPATCH(attention_add_parts);
-    const int64_t* prototypes = used == nullptr ? nullptr : used->data();
-    torch::stable::parallel_for(0, problem.heads * to.rows, 256, [&](int64_t begin, int64_t end) {
-      kernel(problem, key_parts.get(), to.rows, prototypes, to.key, begin, end);
-      kernel(problem, value_parts.get(), to.rows, prototypes, to.value, begin, end);
+    torch::stable::parallel_for(0, problem.heads * to.n_prototypes, 256, [&](int64_t begin, int64_t end) {
+      kernel(problem, to, begin, end);
     });
   }
 };
@@ -294,17 +322,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> prototype_attention_b
   problem.out = rows_of(dense_out);
   if (gate) problem.difference = rows_of(dense_difference);
   problem.sums = {float_data(dense_reference), float_data(dense_total)};
-  const std::vector<int64_t>* used = inputs.routes ? &inputs.routes->used : nullptr;
-  const std::vector<int64_t> rows = inputs.routes ? inputs.routes->rows() : std::vector<int64_t>();
-  problem.rows = rows.data();
-  problem.parts = parts_of(problem, used == nullptr ? problem.local.count : used->size());
+  problem.parts = parts_of(problem, inputs.routes ? inputs.routes->used.size() : problem.local.count);
+  const PartialSums local_sums = inputs.routes ? PartialSums(problem.parts, problem.batch, *inputs.routes)
+                                               : PartialSums(problem.parts, problem.local.count);
+  const PartialSums global_sums(problem.parts, problem.global.count);
+  problem.rows = local_sums.of_active.data();
 
   const Tensor grad_query = empty_like_query(query);
   const Tensor grad_gate = gate ? floats(query, {problem.batch, problem.heads, problem.tokens}) : floats(query, {0});
   problem.grad_query = rows_of(grad_query);
   problem.grad_gate = float_data(grad_gate);
-  const BankGradients local(query, problem.local, used, problem, problem.grad_local);
-  const BankGradients global(query, problem.global, nullptr, problem, problem.grad_global);
+  const BankGradients local(query, problem.local, local_sums, problem, problem.grad_local);
+  const BankGradients global(query, problem.global, global_sums, problem, problem.grad_global);
 
   const auto kernel = DPDIFF_DISPATCH(attention_backward);
   torch::stable::parallel_for(

@@ -58,11 +58,14 @@ struct AttentionForward : AttentionProblem {
 };
 
 // Gradients of one bank: written where each image has its own; where the images share it, summed up in parts, each by
-// one thread, [head][part][row][channel], which start at zero. With routes, rows are those that some image attends to.
+// one thread, in rows [head][row][channel] that start at zero. The gradient of prototype prototypes[i] is the sum of rows
+// places[first[i]] to places[first[i + 1] - 1].
 struct BankGradient {
   Rows key, value;
-  float *key_parts = nullptr, *value_parts = nullptr;
-  int64_t rows = 0;
+  float *key_rows = nullptr, *value_rows = nullptr;
+  int64_t rows = 0;  // of a head
+  const int64_t *prototypes = nullptr, *first = nullptr, *places = nullptr;
+  int64_t n_prototypes = 0;
 };
 
 struct AttentionBackward : AttentionProblem {
@@ -71,7 +74,7 @@ struct AttentionBackward : AttentionProblem {
   Rows grad_query;
   float* grad_gate = nullptr;  // (B, H, N)
   BankGradient grad_local, grad_global;
-  const int64_t* rows = nullptr;  // with routes: in grad_local's parts, beside `active`
+  const int64_t* rows = nullptr;  // with routes: where the sums of each of `active` are
   int64_t parts = 1;  // that the tokens of a head are split into: never a matter of threads, so that results are not
 };
 

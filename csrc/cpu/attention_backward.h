@@ -90,10 +90,12 @@ class BackwardAttention {
     }
     for (int64_t i = 0; i < bank.local_count; ++i) {
       const int64_t row = bank.local_row(i);
-      const int64_t part_row = problem_.routed() ? problem_.rows[problem_.offsets[bank.image] + i] : row;
-      write_bank_gradient(bank, i, problem_.grad_local, row, part, part_row);
+      const int64_t place = problem_.routed() ? problem_.rows[problem_.offsets[bank.image] + i] : part * problem_.local.count + row;
+      write_bank_gradient(bank, i, problem_.grad_local, row, place);
     }
-    for (int64_t i = 0; i < problem_.global.count; ++i) write_bank_gradient(bank, bank.second + i, problem_.grad_global, i, part, i);
+    for (int64_t i = 0; i < problem_.global.count; ++i) {
+      write_bank_gradient(bank, bank.second + i, problem_.grad_global, i, part * problem_.global.count + i);
+    }
   }
 
   void prepare(const BankView& bank, int64_t first, int count, int n) {
@@ -243,18 +245,18 @@ class BackwardAttention {
     }
   }
 
-  // Hands on the gradients of packed row i.
-  void write_bank_gradient(const BankView& bank, int64_t i, const BankGradient& to, int64_t row, int64_t part, int64_t part_row) {
+  // Hands on the gradients of packed row i: of prototype `row`, or a term of it at `place`.
+  void write_bank_gradient(const BankView& bank, int64_t i, const BankGradient& to, int64_t row, int64_t place) {
     float *key = key_gradient_ + i * padded_, *value = value_gradient_ + i * padded_;
     for (int64_t e = 0; e < channels_; ++e) key[e] *= problem_.scale;
-    if (to.key_parts == nullptr) {
+    if (to.key_rows == nullptr) {
       store_row(problem_.dtype, key, channels_, to.key.at(bank.image, bank.head, row));
       store_row(problem_.dtype, value, channels_, to.value.at(bank.image, bank.head, row));
       return;
     }
-    const int64_t at = ((bank.head * problem_.parts + part) * to.rows + part_row) * channels_;
-    for (int64_t e = 0; e < channels_; ++e) to.key_parts[at + e] += key[e];
-    for (int64_t e = 0; e < channels_; ++e) to.value_parts[at + e] += value[e];
+    const int64_t at = (bank.head * to.rows + place) * channels_;
+    for (int64_t e = 0; e < channels_; ++e) to.key_rows[at + e] += key[e];
+    for (int64_t e = 0; e < channels_; ++e) to.value_rows[at + e] += value[e];
   }
 
   const AttentionBackward& problem_;
@@ -273,19 +275,21 @@ void attention_backward(const AttentionBackward& problem, int64_t begin, int64_t
   BackwardAttention<FloatEngine>(problem).run(begin, end);
 }
 
-// Adds up the parts of a shared bank's gradient: rows [begin, end) of (H, rows). Row i belongs to prototype used[i].
-void attention_add_parts(const AttentionBackward& problem, const float* parts, int64_t rows, const int64_t* used, const Rows& to,
-                         int64_t begin, int64_t end) {
+// Adds up the parts of a shared bank's gradient, of prototypes [begin, end) of (H, n_prototypes).
+void attention_add_parts(const AttentionBackward& problem, const BankGradient& to, int64_t begin, int64_t end) {
   const int64_t n = problem.channels;
   Scratch scratch;
   float* sums = scratch.take(n);
-  for (int64_t i = begin; i < end; ++i) {
-    const int64_t head = i / rows, row = i % rows;
+  const auto add = [&](const float* rows, const Rows& gradient, int64_t head, int64_t i) {
     memset(sums, 0, n * sizeof(float));
-    for (int64_t part = 0; part < problem.parts; ++part) {
-      const float* terms = parts + ((head * problem.parts + part) * rows + row) * n;
+    for (int64_t k = to.first[i]; k < to.first[i + 1]; ++k) {
+      const float* terms = rows + (head * to.rows + to.places[k]) * n;
       for (int64_t e = 0; e < n; ++e) sums[e] += terms[e];
     }
-    store_row(problem.dtype, sums, n, to.at(0, head, used == nullptr ? row : used[row]));
+    store_row(problem.dtype, sums, n, gradient.at(0, head, to.prototypes[i]));
+  };
+  for (int64_t i = begin; i < end; ++i) {
+    add(to.key_rows, to.key, i / to.n_prototypes, i % to.n_prototypes);
+    add(to.value_rows, to.value, i / to.n_prototypes, i % to.n_prototypes);
   }
 }
