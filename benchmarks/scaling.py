@@ -1,10 +1,15 @@
 """How cost and accuracy go as categories grow, for DPDiff-AD on the fast and the plain operators and for unified k-NN:
 
-    python -m benchmarks.scaling --categories 10 20 40 80 160 --steps 600 --json scaling.json --plot scaling
+    python -m benchmarks.scaling --trained-up-to 160 --json scaling.json --plot scaling
 
-Data are rendered products. Each model runs in a process of its own, whose peak memory is taken. Training images/s is of
-steps on cached features, inference images/s of `predict`, backbone included; accuracy is of the whole test set and,
-since categories differ in difficulty, of those that the smallest number has too (`_shared`).
+Data are rendered products. Rates of DPDiff-AD are those of a model of the size that `dpdiff train` takes for so many
+categories, with random prototypes and images, on which time doesn't depend: training images/s of steps on cached
+features, inference images/s of `predict`, backbone included. Up to `--trained-up-to` categories it is trained and
+evaluated besides; with the plain operators it isn't, for they compute the same. Accuracy is of the whole test set and,
+since categories differ in difficulty, of those that the smallest number has too (`_shared`). The rate of k-NN is that
+of its evaluation. All run in processes of their own, whose peak memory is taken.
+
+What --json holds already of the same steps is kept, so that an interrupted study goes on, and can be done in parts.
 """
 
 from __future__ import annotations
@@ -26,78 +31,99 @@ from benchmarks import results
 from benchmarks.timing import best_time
 from benchmarks.training_step import training_step
 from dpdiff import DPDiffAD, training
-from dpdiff.data import AnomalyDataset, scan
+from dpdiff._files import atomic_write
+from dpdiff.data import AnomalyDataset, Catalogue, scan
 from dpdiff.data.products import Products
 from dpdiff.evaluation import Results, evaluate
 
 CATEGORIES = (10, 20, 40, 80, 160, 320, 1600)
-MODELS = {"dpdiff": "auto", "reference operators": "reference", "unified k-NN": None}
+KNN = "unified k-NN"
+MODELS = {"dpdiff": "auto", "reference operators": "reference", KNN: None}
 FIGURES = ("image_auroc", "pixel_auroc", "aupro", "image_auroc_shared", "pixel_auroc_shared", "aupro_shared")
 QUANTITIES = {"training": "training, images/s", "inference": "inference, images/s", "peak_memory": "peak memory, GiB"}
 QUANTITIES |= {name: name.replace("_", " ") for name in FIGURES}
 _BATCH = 16
+_IMAGES = 16  # for training, of a rendered category
 
 
-def measure(model: str, n_categories: int, steps: int, shared: int) -> dict:
-    """One model at one number of categories: its images/s, peak memory in bytes and, unless `shared` is 0, its accuracy
-    on all of them and on the first `shared`."""
-    catalogue = scan(Products(n_categories, progress=False).root, need="train")
-    run = _knn if MODELS[model] is None else _dpdiff
-    found = run(model, catalogue, steps, Products(shared, progress=False).categories if shared else [])
-    kibibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"model": model, "categories": n_categories, **found, "peak_memory": 1024 * kibibytes}
-
-
-def _dpdiff(model: str, catalogue, steps: int, shared: Sequence[str]) -> dict:
-    with dk.use_backend(MODELS[model]), tempfile.TemporaryDirectory() as folder:
-        detector = DPDiffAD(**DPDiffAD.suggest(len(catalogue.train)))
-        training.train(detector, catalogue.train, folder, max_steps=steps, accelerator="cpu", progress=False)
-        images = _images(catalogue.train, detector.image_size)
-        found = {"inference": len(images) / best_time(lambda: detector.predict(images), "cpu", 2.0)}
+def rates(model: str, n_categories: int) -> dict:
+    """Images/s of DPDiff-AD at its size for so many categories."""
+    torch.manual_seed(0)
+    with dk.use_backend(MODELS[model]):
+        detector = DPDiffAD(**DPDiffAD.suggest(_IMAGES * n_categories)).eval()
+        images = torch.rand(_BATCH, 3, detector.image_size, detector.image_size)
+        found = {"inference": _BATCH / best_time(lambda: detector.predict(images), "cpu", 4.0)}
         tokens = detector.tokenize(images).clone()
-        detector.train()
-        step = training_step(detector, tokens, training._best_precision("cpu") == "bf16-mixed")
-        found["training"] = len(images) / best_time(step, "cpu", 2.0)
-        return found | (_accuracy(detector.eval(), catalogue, detector.image_size, shared) if shared else {})
+        step = training_step(detector.train(), tokens, training._best_precision("cpu") == "bf16-mixed")
+        return found | {"training": _BATCH / best_time(step, "cpu", 4.0), "peak_memory": _peak_memory()}
 
 
-def _knn(model: str, catalogue, steps: int, shared: Sequence[str]) -> dict:
+def accuracy(model: str, n_categories: int, steps: int, n_shared: int) -> dict:
+    """Figures of a trained model on all of its categories and on the first few."""
+    catalogue = scan(Products(n_categories, progress=False).root, need="test")
+    detector, size = _knn(catalogue) if model == KNN else _dpdiff(catalogue, steps)
+    found = evaluate(detector, AnomalyDataset(catalogue.test, size, catalogue.categories), progress=False)
+    shared = Products(n_shared, progress=False).categories
+    few = Results({name: found.categories[name] for name in shared}, found.seconds)
+    means = found.mean | {f"{name}_shared": value for name, value in few.mean.items()}
+    rate = {"inference": found.images_per_second} if model == KNN else {}
+    return rate | {name: means[name] for name in FIGURES if name in means} | {"peak_memory": _peak_memory()}
+
+
+def _dpdiff(catalogue: Catalogue, steps: int) -> tuple[torch.nn.Module, int]:
+    torch.manual_seed(0)
+    detector = DPDiffAD(**DPDiffAD.suggest(len(catalogue.train)))
+    with tempfile.TemporaryDirectory() as folder:
+        training.train(detector, catalogue.train, folder, max_steps=steps, accelerator="cpu", progress=False)
+    return detector, detector.image_size
+
+
+def _knn(catalogue: Catalogue) -> tuple[torch.nn.Module, int]:
     from benchmarks import baseline_knn as knn
 
     size = 256
     features = knn.PatchFeatures(knn.Backbone(knn.DEFAULT_BACKBONE, None))
     banks = knn.build_banks(features, catalogue.train, catalogue.categories, size)
     parts = (torch.cat([getattr(bank, part) for bank in banks.values()]) for part in ("coreset", "samples"))
-    detector = knn.PatchCore(features, knn.Bank(*parts))
-    images = _images(catalogue.train, size)
-    found = {"inference": len(images) / best_time(lambda: detector.predict(images), "cpu", 2.0)}
-    return found | (_accuracy(detector, catalogue, size, shared) if shared else {})
+    return knn.PatchCore(features, knn.Bank(*parts)), size
 
 
-def _images(samples: Sequence, size: int) -> torch.Tensor:
-    dataset = AnomalyDataset(samples[:: max(1, len(samples) // _BATCH)][:_BATCH], size)
-    return torch.stack([dataset[i]["image"] for i in range(len(dataset))])
-
-
-def _accuracy(detector, catalogue, size: int, shared: Sequence[str]) -> dict:
-    found = evaluate(detector, AnomalyDataset(catalogue.test, size, catalogue.categories), progress=False)
-    few = Results({name: found.categories[name] for name in shared}, found.seconds)
-    means = found.mean | {f"{name}_shared": value for name, value in few.mean.items()}
-    return {name: means[name] for name in FIGURES if name in means}
+def _peak_memory() -> int:
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def study(
-    categories: Sequence[int], models: Sequence[str], steps: int, accuracy: bool, say: Callable[[str], None] = print
+    categories: Sequence[int],
+    models: Sequence[str],
+    steps: int,
+    trained_up_to: int,
+    known: Sequence[dict] = (),
+    save: Callable[[dict], None] = lambda found: None,
 ) -> dict:
-    """Every model at every number of categories, one after the other, as it is saved."""
-    rows = []
+    """Every model at every number of categories, one after the other; `save` is called after each."""
+    rows = {(row["model"], row["categories"]): dict(row) for row in known}
+    found = {"study": "scaling", "date": results.now(), "steps": steps, "threads": torch.get_num_threads()}
+    found |= {"machine": results.machine(), "rows": list(rows.values())}
     for n in categories:
         for model in models:
-            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-                rows.append(pool.submit(measure, model, n, steps, min(categories) if accuracy else 0).result())
-            say(describe(rows[-1]))
-    about = {"steps": steps, "threads": torch.get_num_threads(), "machine": results.machine()}
-    return {"study": "scaling", "date": results.now(), **about, "rows": rows}
+            row = rows.setdefault((model, n), {"model": model, "categories": n})
+            if "training" not in row and model != KNN:
+                row |= _apart(rates, model, n)
+            if "image_auroc" not in row and MODELS[model] != "reference" and n <= trained_up_to:
+                row |= _apart(accuracy, model, n, steps, min(categories))
+            if "inference" not in row:  # k-NN that isn't to be trained
+                del rows[model, n]
+                continue
+            print(describe(row), flush=True)
+            found["date"] = results.now()
+            found["rows"] = sorted(rows.values(), key=lambda row: (row["categories"], list(MODELS).index(row["model"])))
+            save(found)
+    return found
+
+
+def _apart(function: Callable, *args) -> dict:
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *args).result()
 
 
 def describe(row: dict) -> str:
@@ -137,13 +163,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--categories", type=int, nargs="+", default=CATEGORIES, metavar="N")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--steps", type=int, default=600, help="of training (default: %(default)s)")
-    parser.add_argument("--accuracy", action=argparse.BooleanOptionalAction, default=True, help="evaluate too")
-    parser.add_argument("--json", metavar="FILE", help="write the figures there")
+    parser.add_argument(
+        "--trained-up-to", type=int, default=160, metavar="N", help="0 for rates alone (default: %(default)s)"
+    )
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write the figures there, after every model")
     parser.add_argument("--plot", metavar="STEM", help="write STEM.png and STEM.svg")
     args = parser.parse_args(arguments)
-    found = study(args.categories, args.models, args.steps, args.accuracy)
-    if args.json:
-        Path(args.json).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    known: list[dict] = []
+    if args.json and args.json.exists():
+        before = json.loads(args.json.read_text(encoding="utf-8"))
+        if (before["steps"], before["machine"]["processor"]) != (args.steps, results.machine()["processor"]):
+            parser.error(f"--json {args.json} holds a study of other steps or of another machine: give another file")
+        known = before["rows"]
+
+    def save(found: dict) -> None:
+        if args.json:
+            with atomic_write(args.json) as tmp:
+                tmp.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+    found = study(args.categories, args.models, args.steps, args.trained_up_to, known, save)
     if args.plot:
         plot(found, args.plot)
     return 0

@@ -74,13 +74,15 @@ def model(
 def scaling(
     categories: Annotated[str, typer.Option(metavar="N,N,...", help="How many.")] = "10,20,40,80,160,320,1600",
     steps: Annotated[int, typer.Option(metavar="N", min=1, help="Of training.")] = 600,
-    accuracy: Annotated[bool, typer.Option(help="Evaluate on the whole test set too.")] = True,
+    trained_up_to: Annotated[
+        int, typer.Option(metavar="N", min=0, help="Train and evaluate up to N categories; of more, rates alone.")
+    ] = 160,
     json: Json = None,
     plot: Annotated[Path | None, typer.Option(metavar="STEM", help="Write STEM.png and STEM.svg.")] = None,
 ) -> None:
     """Speed, memory and accuracy as categories grow, for DPDiff-AD on fast and plain operators and for unified k-NN.
 
-    Example: `dpdiff bench scaling --categories 10,160 --no-accuracy --steps 20 --json scaling.json`
+    Example: `dpdiff bench scaling --categories 10,160 --trained-up-to 0 --json scaling.json`
     """
     numbers = [part.strip() for part in categories.split(",")]
     if not all(number.isdecimal() and int(number) > 0 for number in numbers):
@@ -88,7 +90,7 @@ def scaling(
     if json is not None:
         check_writable(json, "--json", folder=False)
     command = [sys.executable, "-m", "benchmarks.scaling", "--categories", *numbers, "--steps", str(steps)]
-    command += ["--accuracy" if accuracy else "--no-accuracy"]
+    command += ["--trained-up-to", str(trained_up_to)]
     command += [] if json is None else ["--json", str(json.absolute())]
     command += [] if plot is None else ["--plot", str(plot.absolute())]
     code = subprocess.run(command, cwd=source_tree()).returncode
