@@ -115,7 +115,11 @@ def page(runs: Sequence[dict], studies: Sequence[dict], command: str) -> str:
             for row in study["rows"]
         ]
         header = ("model", "categories", *scaling.QUANTITIES.values())
-        parts += [f"## Categories\n\nModels trained for {study['steps']:,} steps each on rendered products."]
+        parts += [
+            f"## Categories\n\nOn rendered products; {study['steps']:,} steps of training where accuracy is given. "
+            "Rates are of DPDiff-AD at the size that `dpdiff train` takes for so many categories. Figures that end in "
+            "`shared` are of the categories that all sizes have."
+        ]
         parts += ["![Speed, memory and accuracy as categories grow](benchmarks/categories.svg)", table(header, rows)]
     for operator in dict.fromkeys(case["operator"] for case in cases if "sweep" not in case):
         parts += [f"## {operator}", details([case for case in cases if case["operator"] == operator])]

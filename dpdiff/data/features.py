@@ -8,6 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ class FeatureCache(Dataset):
     Or what the function `reduce` makes of them: from a list of (B, C_l, H_l, W_l) to a list of any tensors (B, ...).
 
     Lies in `folder/<key>`, where the key stands for the backbone's weights, its layers, the image size, the name of
-    `reduce` and the images' paths, sizes and modification times: whatever changes one of these makes a new cache. It is
+    `reduce` and what is in the images' files, wherever they lie: whatever changes one of these makes a new cache. It is
     written under another name first, so that an interrupted run leaves none that looks complete; caches of other keys
     are removed. Of several processes that want one, the first computes it; the others wait.
     """
@@ -97,7 +98,12 @@ def _key(samples: Sequence[Sample], backbone: Backbone, image_size: int, reduce:
     digest = hashlib.sha256()
     parts = [backbone.name, backbone.fingerprint(), backbone.layers, image_size, reduce.__qualname__]
     digest.update(json.dumps(parts).encode())
-    for sample in samples:
-        status = sample.image.stat()
-        digest.update(f"{sample.image.resolve()}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+    with ThreadPoolExecutor() as pool:
+        for content in pool.map(_content, samples):
+            digest.update(content)
     return digest.hexdigest()[:16]
+
+
+def _content(sample: Sample) -> bytes:
+    with sample.image.open("rb") as file:
+        return hashlib.file_digest(file, "blake2b").digest()

@@ -84,17 +84,22 @@ def other_layers(make, samples, backbone):
     return make(backbone=Backbone("test_resnet", layers=[1, 2], pretrained=False))
 
 
-def touched(make, samples, backbone):
-    status = samples[2].image.stat()
-    os.utime(samples[2].image, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
-    return make()
+def other_content(make, samples, backbone):
+    """Of a file whose size and time stay."""
+    path = samples[2].image
+    status, content = path.stat(), path.read_bytes()
+    for last in (b"0", b"1"):
+        path.write_bytes(content + last)
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+        made = make()
+    return made
 
 
 CHANGES = {
     "image size": lambda make, samples, backbone: make(image_size=48),
     "one image less": lambda make, samples, backbone: make(samples=samples[:-1]),
     "another order": lambda make, samples, backbone: make(samples=samples[::-1]),
-    "an image that was written again": touched,
+    "content of an image": other_content,
     "other weights": other_weights,
     "other layers": other_layers,
 }
@@ -107,6 +112,13 @@ def test_whatever_changes_makes_a_new_cache(cached, samples, backbone, change):
     assert computed
     assert new.path != old.path
     assert not old.path.exists()  # its space is free again
+
+
+def test_the_same_images_elsewhere_are_known(cached, samples, tmp_path):
+    cached()
+    moved = [Sample(sample.image.rename(tmp_path / f"moved-{i}.png"), "things") for i, sample in enumerate(samples)]
+    moved[0].image.touch()
+    assert not cached(samples=moved)[1]
 
 
 def test_an_interrupted_run_leaves_nothing(cached, tmp_path, samples):
