@@ -2,7 +2,8 @@
 
     python -m benchmarks.report benchmarks/results/*/*.json --page docs/benchmarks.md --readme README.md
 
-Figures go beside the page, as PNG and SVG. All files have to be of one machine. A file of the scaling study
+Figures go into a folder beside the page and of its name, as PNG and SVG. All files have to be of one machine, which has
+a page of its own. A file of the scaling study
 (`dpdiff bench scaling --json`) adds its figure and table.
 """
 
@@ -89,8 +90,8 @@ def machine(runs: Sequence[dict]) -> str:
     return table(("", ""), rows, left=2)
 
 
-def page(runs: Sequence[dict], studies: Sequence[dict], command: str) -> str:
-    """The whole page; figures are in the folder `benchmarks` beside it."""
+def page(runs: Sequence[dict], studies: Sequence[dict], command: str, figures: str = "benchmarks") -> str:
+    """The whole page. figures: the folder beside it where they are."""
     cases = [case for run in runs for case in run["cases"]]
     parts = [
         "# Benchmarks",
@@ -106,9 +107,9 @@ def page(runs: Sequence[dict], studies: Sequence[dict], command: str) -> str:
         summary(cases),
     ]
     if any("floor" in case for case in cases):
-        parts += ["## Roofline", "![Rate over operations per byte, beside the limits](benchmarks/roofline.svg)"]
+        parts += ["## Roofline", f"![Rate over operations per byte, beside the limits]({figures}/roofline.svg)"]
     if any("sweep" in case for case in cases):
-        parts += ["## Scaling", "![Time as sizes grow](benchmarks/growing.svg)"]
+        parts += ["## Scaling", f"![Time as sizes grow]({figures}/growing.svg)"]
     for study in studies:
         rows = [
             (row["model"], str(row["categories"]), *(scaling.shown(row, name) for name in scaling.QUANTITIES))
@@ -120,7 +121,7 @@ def page(runs: Sequence[dict], studies: Sequence[dict], command: str) -> str:
             "Rates are of DPDiff-AD at the size that `dpdiff train` takes for so many categories. Figures that end in "
             "`shared` are of the categories that all sizes have."
         ]
-        parts += ["![Speed, memory and accuracy as categories grow](benchmarks/categories.svg)", table(header, rows)]
+        parts += [f"![Speed, memory and accuracy as categories grow]({figures}/categories.svg)", table(header, rows)]
     for operator in dict.fromkeys(case["operator"] for case in cases if "sweep" not in case):
         parts += [f"## {operator}", details([case for case in cases if case["operator"] == operator])]
     skipped = {name: reason for run in runs for name, reason in run["skipped"].items()}
@@ -157,14 +158,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (OSError, ValueError, KeyError) as error:
         parser.error(str(error))
     command = " ".join(["python -m benchmarks.report", *(arguments or sys.argv[1:])])
-    figures = args.page.parent / "benchmarks"
+    figures = args.page.with_suffix("")
     figures.mkdir(parents=True, exist_ok=True)
     cases = [case for run in runs for case in run["cases"]]
     plots.roofline(cases, runs[0], figures / "roofline")
     plots.growing(cases, figures / "growing")
     for study in studies:
         scaling.plot(study, str(figures / "categories"))
-    args.page.write_text(page(runs, studies, command), encoding="utf-8")
+    args.page.write_text(page(runs, studies, command, figures.name), encoding="utf-8")
     if args.readme:
         text = args.readme.read_text(encoding="utf-8")
         args.readme.write_text(update_readme(text, runs, args.page.as_posix()), encoding="utf-8")

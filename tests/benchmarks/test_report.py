@@ -62,9 +62,9 @@ def test_neither_yardsticks_nor_our_reference_are_rivals(found):
 def test_figures_are_written_and_shown(found, tmp_path):
     page = run(tmp_path, found)
     for name in ("roofline", "growing"):
-        assert f"(benchmarks/{name}.svg)" in page
-        assert (tmp_path / "docs" / "benchmarks" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-        assert "<svg" in (tmp_path / "docs" / "benchmarks" / f"{name}.svg").read_text()
+        assert f"(page/{name}.svg)" in page
+        assert (tmp_path / "docs" / "page" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert "<svg" in (tmp_path / "docs" / "page" / f"{name}.svg").read_text()
 
 
 def test_the_scaling_study_has_its_figure_and_table(found, tmp_path):
@@ -72,7 +72,7 @@ def test_the_scaling_study_has_its_figure_and_table(found, tmp_path):
     study = {"study": "scaling", "date": found["date"], "steps": 20, "machine": found["machine"], "rows": rows}
     page = run(tmp_path, found, study)
     assert "| dpdiff | 10 | 21.5 |  | 1.00 |  |  | 0.912 |" in page
-    assert "(benchmarks/categories.svg)" in page and (tmp_path / "docs" / "benchmarks" / "categories.svg").exists()
+    assert "(page/categories.svg)" in page and (tmp_path / "docs" / "page" / "categories.svg").exists()
 
 
 def test_results_of_two_machines_are_not_mixed(found, tmp_path, capsys):
@@ -92,12 +92,15 @@ def test_the_summary_replaces_the_one_in_the_readme(found):
         report.update_readme("no marks", [found], "docs/benchmarks.md")
 
 
-def test_the_published_page_is_what_the_stored_results_say():
-    """No figure of docs/benchmarks.md or of the README's summary was typed."""
-    published = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("file", (ROOT / "docs").glob("benchmarks*.md"), ids=lambda file: file.name)
+def test_the_published_pages_are_what_the_stored_results_say(file):
+    """No figure of them, or of the README's summary, was typed."""
+    published = file.read_text(encoding="utf-8")
     (command,) = re.findall(r"^python -m benchmarks\.report .*$", published, re.MULTILINE)
     paths = [ROOT / word for word in command.split() if word.endswith(".json")]
     runs, studies = report.read(paths)
-    assert report.page(runs, studies, command) == published
+    assert report.page(runs, studies, command, file.stem) == published
+    if "--readme" not in command:
+        return
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert report.update_readme(readme, runs, "docs/benchmarks.md") == readme
