@@ -47,6 +47,7 @@ class Diffusion:
         timestep: int,
         n_steps: int,
         min_timestep: int = 0,
+        keep: Tensor | None = None,
     ) -> Tensor:
         """Noises x (B, ...) to `timestep` and denoises it in `n_steps` steps of DDIM (Song et al., 2021, eta = 0).
 
@@ -55,10 +56,13 @@ class Diffusion:
         Args:
             predict: (noisy x, timesteps (B,)) -> x0.
             noise: (B, ...), standard normal.
+            keep: 1 for what of the noisy x the first step sees, 0 for what it doesn't; all when None.
         """
         timesteps = [round(timestep - (timestep - min_timestep) * i / n_steps) for i in range(n_steps)]
         abar = self.scheduler.alphas_cumprod.to(x.device)
         x = self.add_noise(x, noise, torch.full((x.shape[0],), timestep, device=x.device))
+        if keep is not None:
+            x = x * keep
         for t, t_previous in zip(timesteps, [*timesteps[1:], -1]):
             x0 = predict(x, torch.full((x.shape[0],), t, device=x.device))
             if t_previous < 0:

@@ -17,6 +17,9 @@ from dpdiff.diffusion import Diffusion
 from dpdiff.draws import Draws
 
 SCORES = ("mse", "mfsim", "lr", "ratio")
+INFERENCES = ("direct", "paper")
+_PAPER_STEPS = 3  # through the first timesteps
+_PAPER_MASK = 15  # every such number is masked
 _EPS = 1e-6  # of variances
 _LEAST_SCALE = 1e-3  # of what hardly varies over the training images; a stage's part has variance 1
 _TIMESTEP_DIM = 128
@@ -41,18 +44,19 @@ class DLSR(Detector):
             tells images that are far out, but of near ones is smaller than of those in distribution, which gain most
             from training; "ratio", the final error over the first one, which is free of their scale. The last two keep
             both sets of weights.
-        hidden: width of the denoiser; twice the vector's length when None. depth: its residual blocks; the paper's
-            has 16.
+        hidden: width of the denoiser; the vector's length when None. depth: its residual blocks. The paper's code has
+            twice that width and 16 blocks.
         n_timesteps: of the diffusion, whose noise levels are those of the paper's code for 100.
-        timestep: to which inference noises vectors; n_steps: DDIM steps back from there; n_samples: noise samples over
-            which the score is averaged.
+        inference: "direct", from the noise of `timestep` in `n_steps` of DDIM; "paper", from hardly any, that of
+            timestep 3, through timesteps 2 and 1, where every 15th number is hidden from the first step.
+        timestep, n_steps: of direct inference. n_samples: noise samples over which the score is averaged.
 
     Raises:
         ValueError: an argument out of its range; unknown backbone or weights that don't fit it.
         OSError: pretrained weights can't be had.
     """
 
-    TRAINING: ClassVar = {"max_steps": 600, "batch_size": 64, "lr": 1e-3, "weight_decay": 0.05}
+    TRAINING: ClassVar = {"max_steps": 1200, "batch_size": 64, "lr": 2e-3, "weight_decay": 0.05}
     ema_decay = 0.99
 
     def __init__(
@@ -66,6 +70,7 @@ class DLSR(Detector):
         hidden: int | None = None,
         depth: int = 2,
         n_timesteps: int = 100,
+        inference: str = "direct",
         timestep: int = 60,
         n_steps: int = 1,
         n_samples: int = 1,
@@ -77,7 +82,7 @@ class DLSR(Detector):
         self.backbone = Backbone(backbone, "all" if layers is None else layers, pretrained, backbone_weights)
         self.config["layers"] = list(self.backbone.layers)
         dim = sum(self.backbone.channels)
-        self.denoiser = VectorDenoiser(dim, 2 * dim if hidden is None else hidden, depth)
+        self.denoiser = VectorDenoiser(dim, dim if hidden is None else hidden, depth)
         compares = score in ("lr", "ratio")
         self.first_denoiser = copy.deepcopy(self.denoiser).requires_grad_(False) if compares else None
         self.register_buffer("mean", torch.zeros(dim))  # of the training images
@@ -86,6 +91,8 @@ class DLSR(Detector):
         # The same noise for every image: a score depends on the image alone, not on its batch or on a seed.
         noise = torch.randn(n_samples, dim, generator=torch.Generator().manual_seed(0))
         self.register_buffer("noise", noise, persistent=False)
+        keep = (torch.arange(dim) % _PAPER_MASK != 0).float()
+        self.register_buffer("keep", keep, persistent=False)
 
     def reduce(self, maps: Sequence[Tensor]) -> list[Tensor]:
         """The backbone's maps (B, C_l, H_l, W_l) -> their averages, [(B, D)]."""
@@ -153,25 +160,24 @@ class DLSR(Detector):
 
     def _error(self, denoiser: nn.Module, features: Tensor, kind: str = "mse") -> Tensor:
         config = self.config
-        n = len(self.noise)
-        x = features.repeat_interleave(n, 0)
+        direct = config["inference"] == "direct"
+        x = features[:, None]  # beside the noise samples
         reconstruction = self.diffusion.reconstruct(
             lambda noisy, timesteps: denoiser(noisy, timesteps[:1]).float(),  # one embedding for all
             x,
-            self.noise.repeat(features.shape[0], 1),
-            config["timestep"],
-            config["n_steps"],
+            self.noise,
+            timestep=config["timestep"] if direct else _PAPER_STEPS,
+            n_steps=config["n_steps"] if direct else _PAPER_STEPS,
+            keep=None if direct else self.keep,
         )
         if kind == "mse":
-            errors = (reconstruction - x).square().mean(1)
-        else:
-            pairs = (t.split(self.backbone.channels, 1) for t in (reconstruction, x))
-            errors = -torch.stack([F.cosine_similarity(a, b) for a, b in zip(*pairs)]).mean(0)
-        return errors.unflatten(0, (-1, n)).mean(1)
+            return (reconstruction - x).square().mean((1, 2))
+        pairs = zip(*(t.split(self.backbone.channels, 2) for t in (reconstruction, x)))
+        return -torch.stack([F.cosine_similarity(a, b, 2).mean(1) for a, b in pairs]).mean(0)
 
 
 class VectorDenoiser(nn.Module):
-    """Residual blocks over vectors: noisy (B, D) at timesteps (B,), or (1,) for all, -> clean (B, D)."""
+    """Residual blocks over vectors: noisy (..., B, D) at timesteps (B,), or (1,) for all, -> clean (..., B, D)."""
 
     def __init__(self, dim: int, hidden: int, depth: int) -> None:
         super().__init__()
@@ -212,10 +218,13 @@ def _check_arguments(arguments: dict[str, Any]) -> None:
             raise ValueError(f"{name} is {arguments[name]!r}: expected {expected}")
 
     hidden = 1 if arguments["hidden"] is None else arguments["hidden"]
-    for name in ("image_size", "depth", "n_timesteps", "n_steps", "n_samples"):
+    for name in ("image_size", "depth", "n_steps", "n_samples"):
         expect(name, isinstance(arguments[name], int) and arguments[name] >= 1, "a positive int")
     expect("hidden", isinstance(hidden, int) and hidden >= 1, "a positive int or None")
     expect("score", arguments["score"] in SCORES, f"one of {', '.join(SCORES)}")
+    expect("inference", arguments["inference"] in INFERENCES, f"one of {', '.join(INFERENCES)}")
+    fits = isinstance(arguments["n_timesteps"], int) and arguments["n_timesteps"] > _PAPER_STEPS
+    expect("n_timesteps", fits, f"an int above {_PAPER_STEPS}")
     timestep, last = arguments["timestep"], arguments["n_timesteps"] - 1
     expect("timestep", isinstance(timestep, int) and 0 <= timestep <= last, f"0 to n_timesteps - 1 ({last})")
     expect("n_steps", arguments["n_steps"] <= timestep + 1, f"at most timestep + 1 ({timestep + 1})")

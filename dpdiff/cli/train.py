@@ -63,6 +63,8 @@ def train(
     Example: `dpdiff train --data mvtec --out runs/mvtec`
 
     Example: `dpdiff train --data products:160 --out runs/160 --steps 5000 --set n_local=128`
+
+    Example: `dpdiff train --model dlsr --data cifar10:data --out runs/cifar10 --backbone efficientnet_b4`
     """
     cls = model_class(model)
     weights = backbone_weights and backbone_weights.absolute()

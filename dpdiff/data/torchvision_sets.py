@@ -10,6 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.progress import track
+
 import dpdiff._torchvision  # noqa: F401  (before torchvision)
 from dpdiff._files import user_cache
 
@@ -21,6 +24,13 @@ SETS: dict[str, Callable[..., Any]] = {
     "svhn": datasets.SVHN,
     "mnist": datasets.MNIST,
     "fashionmnist": datasets.FashionMNIST,
+}
+_LIES_IN = {
+    "cifar10": "cifar-10-batches-py",
+    "cifar100": "cifar-100-python",
+    "svhn": "train_32x32.mat or test_32x32.mat",
+    "mnist": "MNIST/raw",
+    "fashionmnist": "FashionMNIST/raw",
 }
 
 
@@ -43,18 +53,22 @@ def unpack(name: str, root: str | os.PathLike, cache: str | os.PathLike | None =
                 images = SETS[name](root, **options)
             except RuntimeError:  # not there, or damaged
                 continue
-            _write(images, folder / split)
+            _write(images, folder / split, f"Unpacking {name}, {split}")
     if not folder.is_dir():
-        raise FileNotFoundError(f"{root} holds no {name} as torchvision keeps it, or a damaged one")
+        raise FileNotFoundError(
+            f"{root} holds no {name} as torchvision keeps it, in {_LIES_IN[name]}, or a damaged one"
+        )
     return folder
 
 
-def _write(images: Any, folder: Path) -> None:
+def _write(images: Any, folder: Path, description: str) -> None:
+    console = Console(stderr=True)
+    bar = {"console": console, "disable": not console.is_terminal, "transient": True}
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder.parent))
     try:
         (partial / "good").mkdir()
-        for i, (image, _) in enumerate(images):
+        for i, (image, _) in enumerate(track(images, description, **bar)):
             image.save(partial / "good" / f"{i:06d}.png", compress_level=1)
         partial.rename(folder)
     except BaseException:

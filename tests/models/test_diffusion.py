@@ -58,6 +58,21 @@ def test_the_network_is_not_asked_below_the_least_timestep():
     assert times == [600, 525, 450, 375]
 
 
+def test_what_is_not_kept_is_hidden_from_the_first_step():
+    keep = torch.tensor([1.0, 0.0, 1.0])
+    x, noise = torch.randn(2, 4, 3)
+    seen = []
+
+    def predict(noisy, timesteps):
+        seen.append(noisy)
+        return x
+
+    diffusion = Diffusion()
+    diffusion.reconstruct(predict, x, noise, 600, 2, keep=keep)
+    torch.testing.assert_close(seen[0], diffusion.add_noise(x, noise, torch.full((4,), 600)) * keep)
+    assert (seen[1] != 0).all()
+
+
 @pytest.mark.parametrize("n_steps", [1, 2, 7, 31])
 def test_a_perfect_network_sees_the_same_noise_at_every_step(n_steps):
     diffusion = Diffusion()

@@ -66,10 +66,27 @@ def test_any_backbone_and_any_layers(make, options):
     assert out.scores.shape == (2,) and out.scores.dtype == torch.float32 and out.maps is None
 
 
+def test_the_layout_of_the_paper(make, products, tmp_path):
+    """The five stages of efficientnet_b4, 720 numbers."""
+    model = make(backbone="efficientnet_b4")
+    assert model.backbone.channels == [24, 32, 56, 160, 448] and model.mean.shape == (720,)
+    before = copy.deepcopy(model.denoiser.state_dict())
+    train(model, products(6), tmp_path / "out", max_steps=3, batch_size=4, accelerator="cpu", precision="32-true")
+    assert any(not torch.equal(t, before[name]) for name, t in model.denoiser.state_dict().items())
+    images = as_batch([striped(0), spotted(0)])
+    assert model.features(images).shape == (2, 720)
+    scores, _ = model.predict(images)
+    assert scores.shape == (2,) and scores.isfinite().all() and scores[0] != scores[1]
+
+
+def alpha_bars(model):
+    betas = torch.linspace(0.0015**0.5, 0.0195**0.5, model.config["n_timesteps"], dtype=torch.float64) ** 2
+    return (1 - betas).cumprod(0)
+
+
 def reconstructions(model, denoiser, x):
     """Of each noise sample, one step from the noisy vector, by the definition."""
-    betas = torch.linspace(0.0015**0.5, 0.0195**0.5, model.config["n_timesteps"], dtype=torch.float64) ** 2
-    abar = (1 - betas).cumprod(0)[model.config["timestep"]]
+    abar = alpha_bars(model)[model.config["timestep"]]
     timesteps = torch.full((len(x),), model.config["timestep"])
     with torch.no_grad():
         return [denoiser((abar.sqrt() * x + (1 - abar).sqrt() * n).float(), timesteps) for n in model.noise]
@@ -90,6 +107,24 @@ def test_mfsim(make, images):
         for r in reconstructions(model, model.denoiser, x)
     ]
     torch.testing.assert_close(model.predict(images).scores, -torch.stack(similarities).mean(0), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_inference_of_the_paper(make, images):
+    """From timestep 3 through 2 and 1, with every 15th number hidden from the first."""
+    model = moved(make(inference="paper"))
+    x, abar = model.features(images).double(), alpha_bars(model)
+    errors = []
+    for noise in model.noise:
+        noisy = abar[3].sqrt() * x + (1 - abar[3]).sqrt() * noise
+        noisy[:, ::15] = 0
+        for t in (3, 2, 1):
+            clean = model.denoiser(noisy.float(), torch.full((len(x),), t)).double()
+            direction = (noisy - abar[t].sqrt() * clean) / (1 - abar[t]).sqrt()
+            noisy = abar[t - 1].sqrt() * clean + (1 - abar[t - 1]).sqrt() * direction
+        errors.append((clean - x).square().mean(1))
+    expected = torch.stack(errors).mean(0).float()
+    torch.testing.assert_close(model.predict(images).scores, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("score", ["lr", "ratio"])
@@ -163,7 +198,16 @@ def test_the_first_epoch_is_kept_for_scores_that_need_it(make, products, tmp_pat
 
 @pytest.mark.parametrize(
     "options",
-    [dict(score="auc"), dict(timestep=100), dict(timestep=-1), dict(depth=0), dict(n_steps=62), dict(hidden=0)],
+    [
+        dict(score="auc"),
+        dict(timestep=100),
+        dict(timestep=-1),
+        dict(depth=0),
+        dict(n_steps=62),
+        dict(hidden=0),
+        dict(inference="ddim"),
+        dict(n_timesteps=3),
+    ],
 )
 def test_arguments_out_of_range(make, options):
     (name,) = options
