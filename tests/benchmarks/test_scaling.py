@@ -20,3 +20,32 @@ def test_plot_as_png_and_svg(tmp_path):
     scaling.plot(found, str(tmp_path / "scaling"))
     assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
     assert "<svg" in (tmp_path / "scaling.svg").read_text(encoding="utf-8")
+
+
+def test_a_study_goes_on_where_it_stopped(monkeypatch):
+    calls, saved = [], []
+
+    def apart(function, model, n, *args):
+        calls.append((function.__name__, model, n))
+        return {"inference": 1.0, "peak_memory": 2**30} | (
+            {"training": 2.0} if function is scaling.rates else {"image_auroc": 0.9}
+        )
+
+    monkeypatch.setattr(scaling, "_apart", apart)
+    known = [{"model": "dpdiff", "categories": 10, "training": 20.0, "inference": 30.0, "peak_memory": 2**30}]
+    scaling.study((10, 20), list(scaling.MODELS), 600, 10, known, saved.append)
+    assert calls == [
+        ("accuracy", "dpdiff", 10),
+        ("rates", "reference operators", 10),
+        ("accuracy", "unified k-NN", 10),
+        ("rates", "dpdiff", 20),
+        ("rates", "reference operators", 20),
+    ]
+    rows = saved[-1]["rows"]
+    assert [(row["model"], row["categories"]) for row in rows] == [
+        *((model, 10) for model in scaling.MODELS),
+        ("dpdiff", 20),
+        ("reference operators", 20),
+    ]
+    assert rows[0]["training"] == 20.0 and rows[0]["image_auroc"] == 0.9
+    assert len(saved) == 5 and len(known[0]) == 5  # what is given stays as it is
