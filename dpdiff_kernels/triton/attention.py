@@ -34,6 +34,8 @@ def pick_tiles(arch: str, itemsize: int, block_e: int, two_softmaxes: bool) -> T
     if itemsize == 4:
         if block_e > 64:
             return Tiles(Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1))
+        if block_e == 32:  # larger ones spill, though not of 16 or 64 channels
+            return Tiles(Tile(64, 32, 8, 2), Tile(16, 32, 4, 1), Tile(16, 32, 4, 1))
         return Tiles(Tile(64, 32, 8, 2), Tile(32, 32, 4, 1), Tile(32, 32, 8, 1))
     if arch.startswith("gfx"):  # larger ones spill
         return Tiles(Tile(64, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1))
@@ -41,7 +43,7 @@ def pick_tiles(arch: str, itemsize: int, block_e: int, two_softmaxes: bool) -> T
         return Tiles(Tile(128, 64, 8 if two_softmaxes else 4, 3), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2))
     if block_e == 128:
         return Tiles(Tile(128, 64, 8, 3), Tile(64, 64, 4, 2), Tile(32, 64, 8, 2))
-    return Tiles(Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 2))
+    return Tiles(Tile(32 if two_softmaxes else 64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 2))
 
 
 def pick_precision(arch: str) -> str:
