@@ -6,8 +6,8 @@ Data are rendered products. Rates of DPDiff-AD are those of a model of the size 
 categories, with random prototypes and images, on which time doesn't depend: training images/s of steps on cached
 features, inference images/s of `predict`, backbone included. Up to `--trained-up-to` categories it is trained and
 evaluated besides; with the plain operators it isn't, for they compute the same. Accuracy is of the whole test set and,
-since categories differ in difficulty, of those that the smallest number has too (`_shared`). The rate of k-NN is that
-of its evaluation. All run in processes of their own, whose peak memory is taken.
+since categories differ in difficulty, of those that the smallest number has too (`_shared`). Peak memory is that of the
+process in which rates are measured; that and the rate of k-NN are those of its evaluation.
 
 What --json holds already of the same steps is kept, so that an interrupted study goes on, and can be done in parts.
 """
@@ -66,8 +66,8 @@ def accuracy(model: str, n_categories: int, steps: int, n_shared: int) -> dict:
     shared = Products(n_shared, progress=False).categories
     few = Results({name: found.categories[name] for name in shared}, found.seconds)
     means = found.mean | {f"{name}_shared": value for name, value in few.mean.items()}
-    rate = {"inference": found.images_per_second} if model == KNN else {}
-    return rate | {name: means[name] for name in FIGURES if name in means} | {"peak_memory": _peak_memory()}
+    figures = {name: means[name] for name in FIGURES if name in means}
+    return figures | ({"inference": found.images_per_second, "peak_memory": _peak_memory()} if model == KNN else {})
 
 
 def _dpdiff(catalogue: Catalogue, steps: int) -> tuple[torch.nn.Module, int]:
@@ -111,7 +111,7 @@ def study(
                 row |= _apart(rates, model, n)
             if "image_auroc" not in row and MODELS[model] != "reference" and n <= trained_up_to:
                 row |= _apart(accuracy, model, n, steps, min(categories))
-            if "inference" not in row:  # k-NN that isn't to be trained
+            if "peak_memory" not in row:  # k-NN that isn't to be trained
                 del rows[model, n]
                 continue
             print(describe(row), flush=True)
