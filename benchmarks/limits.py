@@ -39,7 +39,10 @@ def measure_limits(device: str = "cpu") -> Limits:
     """Takes a few seconds, with as many threads as torch is set to."""
     # Without AVX-512 torch takes minutes for bfloat16 as well; such a processor is no faster at it than at float32.
     wide = device == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    flops = {n: _product_rate(torch.float32 if wide else getattr(torch, n), device) for n in _DTYPES[device]}
+    if wide:
+        flops = dict.fromkeys(_DTYPES[device], _product_rate(torch.float32, device))
+    else:
+        flops = {name: _product_rate(getattr(torch, name), device) for name in _DTYPES[device]}
     if device == "cuda" and not torch.version.hip:
         before = torch.backends.cuda.matmul.allow_tf32
         torch.backends.cuda.matmul.allow_tf32 = True

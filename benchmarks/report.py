@@ -29,7 +29,8 @@ _READING = """\
 - *memory*: the most that a call holds at once beyond its operands, its results included.
 - *of the limit*: the least time in which this machine could do the case's matrix products and move its operands and
   results, at the rates above, over the time taken. The rate for nearest prototypes of float32 tokens is bfloat16's, in
-  which scores may be screened before they are settled in float32.
+  which scores may be screened before they are settled in float32. On CPUs without bfloat16 products, float32's measured
+  rate stands for both.
 
 **dpdiff** runs on the implementation that it chooses by itself, *dpdiff: reference* on its definition in plain PyTorch,
 which for `sinkhorn` is in float64. Contenders in italics don't solve the same problem, but a part of it or a plainer
@@ -90,7 +91,7 @@ def machine(runs: Sequence[dict]) -> str:
     return table(("", ""), rows, left=2)
 
 
-def page(runs: Sequence[dict], studies: Sequence[dict], command: str, figures: str = "benchmarks") -> str:
+def page(runs: Sequence[dict], studies: Sequence[dict], command: str, figures: str) -> str:
     """The whole page. figures: the folder beside it where they are."""
     cases = [case for run in runs for case in run["cases"]]
     parts = [
