@@ -13,7 +13,8 @@ class Denoiser(nn.Module):
     """A transformer over a grid of tokens: tokens (B, N, D_token) at timesteps (B,) -> tokens of the same shape.
 
     It works on patches of `patch_size` x `patch_size` tokens (Peebles and Xie, "Scalable diffusion models with
-    transformers", 2023); a grid that they don't divide is padded with copies of its border.
+    transformers", 2023); a grid that they don't divide is padded with copies of its border. What it learns is the
+    difference from the condition, with which it starts: already a fair guess of a normal token.
     """
 
     def __init__(
@@ -42,6 +43,8 @@ class Denoiser(nn.Module):
         self.blocks = nn.ModuleList(DenoiserBlock(dim, num_heads, mlp_ratio, prototype_attention) for _ in range(depth))
         self.norm = nn.LayerNorm(dim)
         self.out = nn.Linear(dim, patch_dim)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
 
     def project_banks(self, local_bank: Tensor, global_bank: Tensor) -> list[ProjectedBanks | None]:
         """Each block's keys and values of the banks, constant over the denoising steps.
@@ -63,7 +66,8 @@ class Denoiser(nn.Module):
         t = self.embed_timestep(timesteps).unsqueeze(1)
         for block, bank in zip(self.blocks, banks):
             x = block(x, t, bank)
-        return self._tokens(self.out(self.norm(x)))
+        x0 = self._tokens(self.out(self.norm(x)))
+        return x0 if self.embed_condition is None else condition + x0
 
     def _patches(self, tokens: Tensor) -> Tensor:
         """(B, N, D) -> (B, patches, patch_size^2 D)."""

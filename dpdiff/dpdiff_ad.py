@@ -26,10 +26,11 @@ class DPDiffAD(Detector):
     """One detector for many product categories, trained on normal images only and without category labels.
 
     A frozen backbone turns an image into tokens; local prototypes (nearest-prototype aggregation) say what normal
-    structure each token is closest to; global prototypes choose the few groups of local ones that an image needs and,
-    by optimal transport, hold reconstructions to the geometry of normal images; a diffusion model, conditioned on both
-    by prototype attention, reconstructs the tokens. What it can't reconstruct, and what is far from every local
-    prototype, is anomalous. The abstract of "DPDiff-AD" fixes these parts; what it leaves open is chosen here.
+    structure each token is closest to; global prototypes choose the few groups of local ones that an image needs,
+    share the training images evenly by optimal transport, and by it hold reconstructions to the geometry of normal
+    images; a diffusion model, conditioned on both by prototype attention, reconstructs the tokens. What it can't
+    reconstruct, and what is far from every local prototype, is anomalous. The abstract of "DPDiff-AD" fixes these
+    parts; what it leaves open is chosen here.
 
     Accuracy needs prototypes for every kind of image, so the bank grows with the categories; the cost of an image
     doesn't, for it searches and attends to `route` groups of local prototypes only.
@@ -56,7 +57,8 @@ class DPDiffAD(Detector):
             over which the map is averaged.
         local_weight: share of the distance to the local prototypes in the anomaly map, from 0 to 1; the rest is the
             reconstruction's. Both are in deviations of normal images (`NormalErrors`), and so are maps and scores.
-        ot_weight: of the transport losses beside the reconstruction's.
+        ot_weight: of the transport losses beside the reconstruction's. At 0, transport plays no part in clustering the
+            training images either.
         condition, prototype_attention, diffusion: False leaves out the local condition, the attention to both banks, or
             the noise, and tokens are reconstructed from themselves.
 
@@ -65,7 +67,7 @@ class DPDiffAD(Detector):
         OSError: pretrained weights can't be had.
     """
 
-    TRAINING: ClassVar = {"max_steps": 600, "batch_size": 16, "lr": 1e-3, "weight_decay": 1e-4}
+    TRAINING: ClassVar = {"max_steps": 600, "batch_size": 16, "lr": 2e-3, "weight_decay": 1e-4}
 
     def __init__(
         self,
@@ -91,7 +93,7 @@ class DPDiffAD(Detector):
         timestep: int = 600,
         n_steps: int = 1,
         n_samples: int = 1,
-        local_weight: float = 0.5,
+        local_weight: float = 0.25,
         ot_weight: float = 0.1,
         condition: bool = True,
         prototype_attention: bool = True,
@@ -140,12 +142,11 @@ class DPDiffAD(Detector):
         """Sets the tokenizer's statistics, the global prototypes, and the local ones of each by k-means."""
         self.tokenizer.fit(batches())
         descriptors = torch.cat([self.encode(maps).mean(1) for maps in batches()])
-        self.global_prototypes.initialise(descriptors, generator=generator)
+        group = self.global_prototypes.initialise(descriptors, self.config["ot_weight"] > 0, generator)
         similarities = F.normalize(descriptors, dim=-1) @ self.global_prototypes.bank.T
-        group = similarities.argmax(1)
         n_global = self.config["n_global"]
         sizes = group.bincount(minlength=n_global)
-        # A group that no image is nearest to learns from the image that is nearest to it.
+        # A group that got no image learns from the one that is nearest to it.
         spare = {g: similarities[:, g].argmax() for g in (sizes == 0).nonzero().flatten().tolist()}
         quota = (_INITIAL_TOKENS // n_global) // sizes.clamp(1)  # tokens of an image
         some: list[list[Tensor]] = [[] for _ in range(n_global)]
@@ -199,8 +200,8 @@ class DPDiffAD(Detector):
         maps = self._map(tokens).unflatten(-1, self.tokenizer.grid).unsqueeze(1)
         size = [self.image_size // _MAP_REDUCTION] * 2
         maps = F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
-        # 4 pixels of a 256-pixel image for scores, that small defects count; 8 for maps.
-        flat = _blur(maps, sigma=size[0] / 64).flatten(1)
+        # 2 pixels of a 256-pixel image for scores, that small defects count; 8 for maps.
+        flat = _blur(maps, sigma=size[0] / 128).flatten(1)
         scores = flat.topk(max(1, flat.shape[1] // 100), dim=1).values.mean(1)
         maps = _blur(maps, sigma=size[0] / 32)
         maps = F.interpolate(maps, size=images.shape[-2:], mode="bilinear", align_corners=False)

@@ -7,6 +7,8 @@ from torch import Tensor, nn
 
 import dpdiff_kernels as dk
 
+_BALANCING_ROUNDS = 10
+
 
 class LocalPrototypes(nn.Module):
     """Groups of typical tokens: a bank (n_groups * per_group, D), the k-means centres of each group's tokens.
@@ -49,7 +51,10 @@ class LocalPrototypes(nn.Module):
 
 
 class GlobalPrototypes(nn.Module):
-    """A bank (K, D) of typical images: the k-means centres of their descriptors, of unit length.
+    """A bank (K, D) of typical images: the centres of clusters of their descriptors, of unit length.
+
+    Optimal transport gives the clusters equal shares of the images: no group of local prototypes is left with one image
+    to learn from, nor with a hundred.
 
     They route an image to groups of local prototypes, and in training hold the reconstructions to the geometry of
     normal images: their optimal transport to the bank is to be cheap, and to go where that of the clean image goes
@@ -67,11 +72,24 @@ class GlobalPrototypes(nn.Module):
         self.register_buffer("bank", F.normalize(torch.randn(n_prototypes, dim), dim=-1))
 
     @torch.no_grad()
-    def initialise(self, descriptors: Tensor, generator: torch.Generator | None = None) -> None:
-        """Spherical k-means on descriptors (N, D) of images."""
+    def initialise(
+        self, descriptors: Tensor, balanced: bool = True, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Spherical k-means on descriptors (N, D) of images, then, where `balanced`, rounds of it in which transport
+        assigns them in place of nearness. Returns the cluster (N,) of each image."""
         n_prototypes = len(self.bank)
-        descriptors = descriptors.repeat(-(-n_prototypes // len(descriptors)), 1)  # where there are fewer
-        self.bank.copy_(dk.kmeans(descriptors, n_prototypes, metric="cosine", generator=generator))
+        descriptors = F.normalize(descriptors.float(), dim=-1)
+        enough = descriptors.repeat(-(-n_prototypes // len(descriptors)), 1)  # where there are fewer than prototypes
+        self.bank.copy_(dk.kmeans(enough, n_prototypes, metric="cosine", generator=generator))
+        if not balanced:
+            return self.route(descriptors, 1).squeeze(1)
+        for _ in range(_BALANCING_ROUNDS):
+            self.bank.copy_(F.normalize(self._shares(descriptors).mT @ descriptors, dim=-1))
+        return self._shares(descriptors).argmax(1)
+
+    def _shares(self, descriptors: Tensor) -> Tensor:
+        """Of each image (N, K) in each cluster, all images and all clusters having the same mass."""
+        return dk.sinkhorn(1 - descriptors @ self.bank.mT, eps=self.eps, n_iters=100).plan
 
     @torch.no_grad()
     def route(self, descriptors: Tensor, n: int) -> Tensor:

@@ -30,8 +30,9 @@ def make(**options):
 
 
 def trained(denoiser):
-    """Away from its start, where the blocks are the identity."""
+    """Away from its start, where the blocks are the identity and the output is zero."""
     with torch.no_grad():
+        denoiser.out.weight.normal_(std=0.2)
         for block in denoiser.blocks:
             block.modulation.weight.normal_(std=0.2)
             block.modulation.bias.normal_(std=0.2)
@@ -48,6 +49,11 @@ def test_blocks_start_as_the_identity():
     x, t = torch.randn(B, N, DIM), torch.randn(B, 1, DIM)
     banks = block.prototype_attention.project_banks(torch.randn(12, DIM), torch.randn(5, DIM))
     torch.testing.assert_close(block(x, t, banks), x, rtol=0, atol=0)
+
+
+def test_the_reconstruction_starts_as_the_condition(inputs):
+    torch.testing.assert_close(run(make(), **inputs), inputs["condition"], rtol=0, atol=0)
+    assert not run(make(condition=False), **inputs).any()
 
 
 def test_every_input_matters_once_trained(inputs):

@@ -68,19 +68,42 @@ def descriptors(counts=(60, 6, 6), dim=12, seed=0):
 def test_every_kind_of_image_has_a_global_prototype_and_images_go_to_their_own():
     images, kinds = descriptors()
     prototypes = GlobalPrototypes(6, 12)
-    prototypes.initialise(images, generator=torch.Generator().manual_seed(0))
+    nearest = prototypes.initialise(images, balanced=False, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(prototypes.bank.norm(dim=1), torch.ones(6))
-    nearest = prototypes.route(images, 1)[:, 0]
+    assert torch.equal(nearest, prototypes.route(images, 1)[:, 0])
     kinds_of = [set(kinds[nearest == g].tolist()) for g in range(6)]
     assert all(len(kind) <= 1 for kind in kinds_of) and set.union(*kinds_of) == {0, 1, 2}
     similarity = F.normalize(images, dim=1) @ prototypes.bank.T
     assert torch.equal(prototypes.route(images, 3), similarity.topk(3).indices)
 
 
-def test_fewer_images_than_global_prototypes():
+def test_transport_gives_clusters_equal_shares_of_the_images():
+    """Of kinds equally frequent, each gets a cluster; where one kind is most images, most clusters are for it."""
+    images, kinds = descriptors((20,) * 6)
+    for seed in range(5):
+        prototypes = GlobalPrototypes(6, 12)
+        cluster = prototypes.initialise(images, generator=torch.Generator().manual_seed(seed))
+        assert all(len(set(kinds[cluster == g].tolist())) == 1 for g in range(6))
+        assert torch.equal(prototypes.route(images, 1)[:, 0], cluster)
+    images, _ = descriptors((60, 6, 6))
+    cluster = prototypes.initialise(images, generator=torch.Generator().manual_seed(0))
+    assert cluster.bincount(minlength=6).max() <= 18  # 12 each in the mean; most images are of one kind
+
+
+def test_images_of_rare_kinds_find_their_own_beside_others():
+    """A kind of fewer images than a cluster's share has to live with others, within reach of the routing."""
+    images, kinds = descriptors((40, 40, 40, 3, 3, 3, 3, 3))
+    prototypes = GlobalPrototypes(10, 12)
+    cluster = prototypes.initialise(images, generator=torch.Generator().manual_seed(0))
+    for kind, groups in zip(kinds, prototypes.route(images, 4)):
+        assert (kinds[torch.isin(cluster, groups)] == kind).any()
+
+
+@pytest.mark.parametrize("balanced", [False, True])
+def test_fewer_images_than_global_prototypes(balanced):
     images, _ = descriptors((2, 1))
     prototypes = GlobalPrototypes(8, 12)
-    prototypes.initialise(images, generator=torch.Generator().manual_seed(0))
+    prototypes.initialise(images, balanced, torch.Generator().manual_seed(0))
     assert prototypes.bank.isfinite().all()
 
 
@@ -107,7 +130,7 @@ def test_losses_pull_reconstructions_back():
     """To the prototypes of their own kind."""
     images, kinds = descriptors()
     bank = GlobalPrototypes(6, 12)
-    bank.initialise(images, generator=torch.Generator().manual_seed(0))
+    bank.initialise(images, balanced=False, generator=torch.Generator().manual_seed(0))
     reconstructed = torch.randn(images.shape, generator=torch.Generator().manual_seed(1)).requires_grad_()
     optimizer = torch.optim.Adam([reconstructed], lr=0.05)
     for _ in range(60):
