@@ -19,11 +19,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from rich.console import Console
-from rich.progress import track
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from dpdiff import Prediction
+from dpdiff._progress import track
 from dpdiff.backbones import DEFAULT_BACKBONE, Backbone
 from dpdiff.cli.inputs import read_catalogue
 from dpdiff.data import AnomalyDataset, Sample, check
@@ -136,7 +136,7 @@ def build_banks(
     features: PatchFeatures, train: Sequence[Sample], categories: Sequence[str], image_size: int, share: float = 0.1
 ) -> dict[str, Bank]:
     banks = {}
-    for category in track(categories, description="Building banks", console=Console(stderr=True)):
+    for category in track(categories, "Building banks"):
         samples = [sample for sample in train if sample.category == category]
         loader = DataLoader(AnomalyDataset(samples, image_size), batch_size=16)
         patches = torch.cat([features(batch["image"]).flatten(0, 2) for batch in loader])

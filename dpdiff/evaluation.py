@@ -7,19 +7,19 @@ import json
 import os
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from PIL import Image
 from rich import box
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 from dpdiff._files import atomic_write
+from dpdiff._progress import track
 from dpdiff.data import AnomalyDataset, Sample
 from dpdiff.metrics import IMAGE_FIGURES, PIXEL_FIGURES, image_metrics, pixel_metrics
 
@@ -142,8 +142,7 @@ def evaluate(
     loader = DataLoader(Subset(dataset, order), batch_size=batch_size, num_workers=num_workers)
     seconds: list[float] = []
     categories = {}
-    with progress_bar(progress) as bar:
-        outputs = bar.track(predictions(model, loader, seconds), total=len(order), description="Evaluating")
+    with closing(track(predictions(model, loader, seconds), "Evaluating", len(order), progress)) as outputs:
         for name, group in itertools.groupby(zip(order, outputs), key=lambda p: dataset.samples[p[0]].category):
             indices, predicted = zip(*group)
             try:
@@ -218,9 +217,3 @@ def _example(dataset: AnomalyDataset, index: int, score: Tensor, map: Tensor | N
     if map is not None:
         map = np.array(Image.fromarray(map.numpy()).resize((side, side), Image.Resampling.BOX))
     return Example(str(sample.image), sample.kind, sample.label, float(score), np.array(image), mask, map)
-
-
-def progress_bar(wanted: bool) -> Progress:
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=console, disable=not (wanted and console.is_terminal))

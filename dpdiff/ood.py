@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from itertools import chain, islice
 
 import numpy as np
 import torch
@@ -15,8 +17,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from dpdiff._files import atomic_write
+from dpdiff._progress import track
 from dpdiff.data import AnomalyDataset, Catalogue, Sample
-from dpdiff.evaluation import predictions, progress_bar
+from dpdiff.evaluation import predictions
 from dpdiff.metrics import OOD_FIGURES, ood_metrics
 
 _HEADINGS = ("AUROC", "AUPR in", "AUPR out", "FPR95")
@@ -91,17 +94,14 @@ def evaluate_ood(
     if device is not None:
         model = model.to(device)
     model.eval()
+    datasets = [AnomalyDataset(samples, model.image_size) for samples in sets.values()]
+    loaders = (DataLoader(dataset, batch_size=batch_size, num_workers=num_workers) for dataset in datasets)
+    outputs = chain.from_iterable(predictions(model, loader) for loader in loaders)
     scores = []
-    with progress_bar(progress) as bar:
-        task = bar.add_task("Evaluating", total=sum(map(len, sets.values())))
-        for name, samples in sets.items():
-            dataset = AnomalyDataset(samples, model.image_size)
-            loader = DataLoader(dataset, batch_size=batch_size, num_workers=num_workers)
-            found = []
-            for score, _, _ in predictions(model, loader):
-                found.append(float(score))
-                bar.advance(task)
-            scores.append(np.array(found, np.float32))
-            if np.isnan(scores[-1]).any():
-                raise ValueError(f"{name}: scores hold NaN ({np.isnan(scores[-1]).sum()} of {len(found)} values)")
+    with closing(track(outputs, "Evaluating", sum(map(len, datasets)), progress)) as outputs:
+        for name, dataset in zip(sets, datasets):
+            found = np.array([float(score) for score, _, _ in islice(outputs, len(dataset))], np.float32)
+            if np.isnan(found).any():
+                raise ValueError(f"{name}: scores hold NaN ({np.isnan(found).sum()} of {len(found)} values)")
+            scores.append(found)
     return OODResults(scores[0], dict(zip(outside, scores[1:])))

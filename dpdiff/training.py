@@ -6,8 +6,9 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,11 @@ from diffusers.optimization import get_cosine_schedule_with_warmup
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_only
-from rich.progress import track
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
+from dpdiff._progress import track
 from dpdiff.data import Sample
 from dpdiff.data.features import FeatureCache
 from dpdiff.data.stream import Batches, Stream
@@ -186,7 +187,7 @@ def train(
             model.image_size,
             out / "features",
             num_workers=num_workers,
-            progress=_tracker("Features", show),
+            progress=partial(track, description="Features", wanted=show),
             reduce=model.reduce,
         )
     checkpoint = out / CHECKPOINT
@@ -257,7 +258,7 @@ def _some(features: FeatureCache, description: str, show: bool) -> Iterator[list
     n = min(_FIT_IMAGES, len(features))
     chosen = [i * len(features) // n for i in range(n)]
     starts = range(0, n, _FIT_BATCH)
-    for start in _tracker(description, show)(starts):
+    for start in track(starts, description, wanted=show):
         yield features.batch(chosen[start : start + _FIT_BATCH])
 
 
@@ -274,10 +275,6 @@ def _average(model: Detector) -> AveragedModel:
         torch._foreach_lerp_(averages, weights, 1 - decay)
 
     return AveragedModel(model.denoiser, multi_avg_fn=update).requires_grad_(False)
-
-
-def _tracker(description: str, show: bool) -> Callable:
-    return lambda sequence: track(sequence, description, disable=not show, transient=True)
 
 
 def _best_precision(accelerator: str) -> str:

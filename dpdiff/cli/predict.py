@@ -46,11 +46,10 @@ def predict(
     paths, names = find_images(images, out)
 
     import torch
-    from rich.console import Console
-    from rich.progress import track
     from torch.utils.data import DataLoader
 
     import dpdiff
+    from dpdiff._progress import track
     from dpdiff.data import AnomalyDataset, Sample
 
     samples = usable([Sample(path, category="") for path in paths], on_corrupt)
@@ -58,9 +57,8 @@ def predict(
     loader = DataLoader(AnomalyDataset(samples, detector.image_size), batch_size, num_workers=workers)
 
     rows = []
-    console = Console(stderr=True)
     with torch.inference_mode():
-        for batch in track(loader, "Predicting", console=console, disable=not console.is_terminal, transient=True):
+        for batch in track(loader, "Predicting"):
             scores, maps = detector.predict(batch["image"].to(next(detector.parameters()).device))
             for i, (path, score) in enumerate(zip(batch["path"], scores.tolist())):
                 if not math.isfinite(score):

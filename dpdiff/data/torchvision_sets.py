@@ -10,11 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import track
-
 import dpdiff._torchvision  # noqa: F401  (before torchvision)
 from dpdiff._files import user_cache
+from dpdiff._progress import track
 
 from torchvision import datasets  # isort: skip
 
@@ -62,13 +60,11 @@ def unpack(name: str, root: str | os.PathLike, cache: str | os.PathLike | None =
 
 
 def _write(images: Any, folder: Path, description: str) -> None:
-    console = Console(stderr=True)
-    bar = {"console": console, "disable": not console.is_terminal, "transient": True}
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder.parent))
     try:
         (partial / "good").mkdir()
-        for i, (image, _) in enumerate(track(images, description, **bar)):
+        for i, (image, _) in enumerate(track(images, description)):
             image.save(partial / "good" / f"{i:06d}.png", compress_level=1)
         partial.rename(folder)
     except BaseException:

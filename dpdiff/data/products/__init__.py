@@ -13,10 +13,9 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from dpdiff._files import user_cache
+from dpdiff._progress import track
 from dpdiff.data.products.category import Category
 
 _VERSION = 1  # of the pixels; those of another are not used
@@ -80,7 +79,9 @@ class Products:
             for index, name in enumerate(self.categories, first)
             if not (store / name).is_dir()
         ]
-        _render_all(jobs, min(len(jobs), workers or _processors()), progress)
+        rendered = _in_processes(jobs, min(len(jobs), workers or _processors()))
+        for _ in track(rendered, "Rendering products", len(jobs), progress and bool(jobs)):
+            pass
         self.root = folder / (f"{first}-to-{first + n_categories}" if first else f"first-{n_categories}")
         _link(self.root, store, self.categories)
 
@@ -115,15 +116,6 @@ def _settle(temporary: Path, folder: Path) -> None:
     except OSError:
         if not folder.is_dir():
             raise
-
-
-def _render_all(jobs: Sequence[tuple], workers: int, progress: bool) -> None:
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    hidden = not (progress and jobs and console.is_terminal)
-    with Progress(*columns, console=console, disable=hidden) as bar:
-        for _ in bar.track(_in_processes(jobs, workers), total=len(jobs), description="Rendering products"):
-            pass
 
 
 def _in_processes(jobs: Sequence[tuple], workers: int) -> Iterator[None]:
