@@ -1,0 +1,171 @@
+"""sinkhorn and sinkhorn_points in torch's machinery, on every instruction set and on any number of threads."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from cpu_backends import each_backend, needs_cpp
+from sinkhorn_problems import points, random_problem
+
+import dpdiff_kernels as dk
+
+# the reference is a long graph of torch's own operators: tracing it is what there is to test
+COMPILER = {"reference": "aot_eager", "cpp": "inductor"}
+
+
+@each_backend
+@pytest.mark.parametrize("tol", [None, 1e-2])
+def test_compiles_whole_with_dynamic_shapes(backend, tol):
+    def run(cost, a):
+        t = dk.sinkhorn(cost, a, n_iters=2, eps=0.3, tol=tol, backend=backend)
+        return t.plan, t.f, t.value, t.n_iters
+
+    compiled = torch.compile(run, fullgraph=True, dynamic=True, backend=COMPILER[backend])
+    for shape in ((2, 9, 7), (3, 12, 5)):
+        cost, a, _ = random_problem(*shape, dtype=torch.float32)
+        cost.requires_grad_()
+        expected = run(cost, a)
+        result = compiled(cost, a)
+        for x, y in zip(result, expected):
+            torch.testing.assert_close(x, y)
+        grads = [torch.autograd.grad((r[0].sin().sum(), r[2].sum()), cost)[0] for r in (result, expected)]
+        torch.testing.assert_close(*grads)
+
+
+@each_backend
+def test_points_compile(backend):
+    def run(x, y, v):
+        u = dk.sinkhorn_points(x, y, n_iters=2, eps=0.5, backend=backend)
+        return u.value, u.apply(v)
+
+    x, y = points(9, 7, 3, 2, dtype=torch.float32)
+    v = torch.rand(2, 7, 2)
+    compiled = torch.compile(run, fullgraph=True, backend=COMPILER[backend])
+    for result, expected in zip(compiled(x, y, v), run(x, y, v)):
+        torch.testing.assert_close(result, expected)
+
+
+@each_backend
+def test_exports(backend):
+    class Model(torch.nn.Module):
+        def forward(self, cost, x, y):
+            t = dk.sinkhorn(cost, n_iters=3, backend=backend)
+            u = dk.sinkhorn_points(x, y, n_iters=3, backend=backend)
+            return t.plan, t.value, u.value
+
+    cost = torch.rand(2, 6, 5)
+    inputs = (cost, *points(6, 5, 3, 2, dtype=torch.float32))
+    batch = torch.export.Dim("batch")
+    program = torch.export.export(Model(), inputs, dynamic_shapes=({0: batch}, {0: batch}, {0: batch}))
+    inputs = tuple(torch.cat([z, z, z]) for z in inputs)
+    for result, expected in zip(program.module()(*inputs), Model()(*inputs)):
+        torch.testing.assert_close(result, expected)
+
+
+@needs_cpp
+@pytest.mark.parametrize("shape", [(2, 6, 5), (0, 3, 4), (1, 0, 2)])
+def test_opcheck(shape):
+    cost, a, b = (x.requires_grad_() for x in random_problem(*shape, dtype=torch.float32))
+    for tol, tau, plan in ((None, None, True), (1e-2, 0.5, False)):
+        if not plan:
+            cost = cost.detach()
+            a, b = a.detach(), b.detach()
+        torch.library.opcheck(torch.ops.dpdiff.sinkhorn.default, (cost, a, b, 0.1, 4, tol, tau, tau, plan))
+    used = torch.full(shape[:1], 4)
+    args = cost, a, b, used, torch.rand(shape), torch.rand(a.shape), None, torch.rand(shape[:1]), 0.1, 4, None, 0.5
+    torch.library.opcheck(torch.ops.dpdiff.sinkhorn_backward.default, args)
+
+
+@needs_cpp
+@pytest.mark.parametrize("shape", [(2, 6, 5, 3), (0, 3, 4, 2), (1, 0, 2, 1), (1, 2, 3, 0)])
+def test_opcheck_of_points(shape):
+    batch, n, m, d = shape
+    _, a, b = random_problem(batch, n, m, dtype=torch.float32)
+    x, y = (z.requires_grad_() for z in points(n, m, d, batch, dtype=torch.float32))
+    ops = torch.ops.dpdiff
+    torch.library.opcheck(ops.sinkhorn_points.default, (x, y, a, b, 0.5, 3, 1e-3, None, 0.7, "l2"))
+    h_x, h_y = torch.randn(batch, n).double(), torch.randn(batch, m).double().requires_grad_()
+    v = torch.randn(batch, m, 2, requires_grad=True)
+    torch.library.opcheck(ops.sinkhorn_apply.default, (x, y, h_x, h_y, v, 0.5, "cosine"))
+    x, y, h_y, v = (z.detach() for z in (x, y, h_y, v))
+    used = torch.full((batch,), 3)
+    args = x, y, a, b, used, torch.randn(batch, n), None, 0.5, 3, None, 0.7, "l2"
+    torch.library.opcheck(ops.sinkhorn_points_backward.default, args)
+    torch.library.opcheck(
+        ops.sinkhorn_apply_backward.default, (torch.randn(batch, n, 2), x, y, h_x, h_y, v, 0.5, "cosine")
+    )
+
+
+ON_ONE_INSTRUCTION_SET = """
+import sys, torch, dpdiff_kernels as dk
+assert torch.ops.dpdiff.cpu_capability() == sys.argv[1], torch.ops.dpdiff.cpu_capability()
+inputs = torch.load(sys.argv[2], weights_only=True)
+results = []
+for options in ({"eps": 0.1}, {"eps": 1e-3, "n_iters": 20}, {"eps": 1e-4, "tau_a": 0.5, "n_iters": 10}):
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    t = dk.sinkhorn(*leaves, **options, backend="cpp")
+    grads = torch.autograd.grad(t.plan.square().sum() + t.value.sum(), leaves)
+    results.append([x.detach() for x in (*t, *grads)])
+torch.save(results, sys.argv[3])
+"""
+
+
+@needs_cpp
+@pytest.mark.parametrize("capability", ["portable", "avx2", "avx512"])
+def test_every_instruction_set(capability, tmp_path):
+    inputs = random_problem(2, 37, 29, dtype=torch.float32)
+    torch.save(inputs, tmp_path / "inputs.pt")
+    command = [
+        sys.executable,
+        "-c",
+        ON_ONE_INSTRUCTION_SET,
+        capability,
+        tmp_path / "inputs.pt",
+        tmp_path / "results.pt",
+    ]
+    run = subprocess.run(
+        command, env={**os.environ, "DPDIFF_CPU_CAPABILITY": capability}, capture_output=True, text=True, check=False
+    )
+    if "AssertionError" in run.stderr:
+        pytest.skip(f"this processor has no {capability}")
+    assert run.returncode == 0, run.stderr
+    all_results = torch.load(tmp_path / "results.pt", weights_only=True)
+    all_options = ({"eps": 0.1}, {"eps": 1e-3, "n_iters": 20}, {"eps": 1e-4, "tau_a": 0.5, "n_iters": 10})
+    for results, options in zip(all_results, all_options):
+        leaves = [x.double().requires_grad_() for x in inputs]
+        t = dk.sinkhorn(*leaves, **options)
+        grads = torch.autograd.grad(t.plan.square().sum() + t.value.sum(), leaves)
+        for name, x, y in zip((*t._fields, "grad_cost", "grad_a", "grad_b"), results, (*t, *grads)):
+            rtol = 2e-3 if name.startswith("grad") and options["eps"] < 0.01 else 1e-4
+            atol = rtol * y.abs().max().item() if name.startswith("grad") else 2e-6
+            torch.testing.assert_close(
+                x.double(), y.detach().double(), rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}"
+            )
+
+
+@needs_cpp
+@pytest.mark.parametrize("shape", [(5, 40, 30), (1, 700, 600)])
+def test_same_bits_on_any_number_of_threads(shape):
+    inputs = random_problem(*shape, dtype=torch.float32)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            leaves = [x.clone().requires_grad_() for x in inputs]
+            t = dk.sinkhorn(*leaves, eps=5e-3, n_iters=10, backend="cpp")
+            results.append([*t, *torch.autograd.grad(t.plan.square().sum() + t.value.sum(), leaves)])
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(results[0], other))
+
+
+@each_backend
+def test_same_bits_every_time(backend):
+    cost, a, b = random_problem(3, 100, 37, dtype=torch.float32)
+    first = dk.sinkhorn(cost, a, b, eps=1e-3, tol=1e-5, backend=backend)
+    second = dk.sinkhorn(cost.clone(), a.clone(), b.clone(), eps=1e-3, tol=1e-5, backend=backend)
+    assert all(torch.equal(x, y) for x, y in zip(first, second))
