@@ -23,6 +23,7 @@ class BackwardAttention {
     staged_ = scratch_.take(kLanes * padded_);
     query_columns_ = scratch_.take(kSubBlocks * units_ * kLanes);
     out_columns_ = scratch_.take(kSubBlocks * units_ * kLanes);
+    answer_columns_ = scratch_.take(units_ * kLanes);
     query_rows_ = scratch_.take(kSubBlocks * kLanes / Engine::kPack * padded_);
     out_rows_ = scratch_.take(kSubBlocks * kLanes / Engine::kPack * padded_);
     query_gradient_ = scratch_.take(kSubBlocks * padded_ * kLanes);
@@ -108,9 +109,16 @@ class BackwardAttention {
       lanes.images[i] = bank.image_of(first + i);
       lanes.places[i] = bank.place_of(first + i);
     }
+    float *query_columns = query_columns_ + n * units_ * kLanes, *out_columns = out_columns_ + n * units_ * kLanes;
+    stage(bank, problem_.query, lanes, query_columns);
+    pack_rows<Engine>(staged(), lanes.vectors * kWidth, padded_, query_rows_ + n * kLanes / Engine::kPack * padded_);
+    stage(bank, problem_.grad_out, lanes, out_columns);
+    pack_rows<Engine>(staged(), lanes.vectors * kWidth, padded_, out_rows_ + n * kLanes / Engine::kPack * padded_);
+    memset(query_gradient_ + n * padded_ * kLanes, 0, padded_ * kLanes * sizeof(float));
+
     float delta[kLanes], slope[kLanes] = {};
-    dots(bank, lanes, problem_.out, delta);
-    if (bank.softmaxes() == 2) dots(bank, lanes, problem_.difference, slope);
+    dots(bank, lanes, out_columns, problem_.out, delta);
+    if (bank.softmaxes() == 2) dots(bank, lanes, out_columns, problem_.difference, slope);
     for (int i = 0; i < count; ++i) {
       const int64_t flat = bank.flat(lanes.images[i], lanes.places[i]);
       float gate = 0;
@@ -125,40 +133,26 @@ class BackwardAttention {
         lanes.delta[s][i] = delta[i] + (s == 0 ? -gate : 1.0f - gate) * slope[i];
       }
     }
-    columns_and_rows(bank, problem_.query, lanes, query_columns_ + n * units_ * kLanes, query_rows_ + n * kLanes / Engine::kPack * padded_);
-    columns_and_rows(bank, problem_.grad_out, lanes, out_columns_ + n * units_ * kLanes, out_rows_ + n * kLanes / Engine::kPack * padded_);
-    memset(query_gradient_ + n * padded_ * kLanes, 0, padded_ * kLanes * sizeof(float));
   }
 
-  // For each query of a sub-block, the products with the gradient of the answer.
-  void dots(const BankView& bank, const Lanes& lanes, const Rows& other, float* products) {
-    float *gradient = staged_, *row = staged_ + padded_;
+  // For each query of a sub-block, the products with the gradient of the answer, in the order of score_tile: where one
+  // prototype is all that is seen, and the answer its value, slopes minus delta are exactly zero.
+  void dots(const BankView& bank, const Lanes& lanes, const float* gradient, const Rows& other, float* products) {
+    stage(bank, other, lanes, answer_columns_);
     for (int v = 0; v < lanes.vectors; ++v) {
-      vfloat sums[kWidth] = {};
-      for (int j = 0; j < kWidth && v * kWidth + j < lanes.count; ++j) {
-        const int64_t image = lanes.images[v * kWidth + j], place = lanes.places[v * kWidth + j];
-        copy_row(problem_.dtype, problem_.grad_out.at(image, bank.head, place), channels_, gradient, padded_);
-        copy_row(problem_.dtype, other.at(image, bank.head, place), channels_, row, padded_);
-        vfloat sum{};
-        for (int64_t e = 0; e < padded_; e += kWidth) sum += load(gradient + e) * load(row + e);
-        sums[j] = sum;
-      }
-      transpose(sums);
-      vfloat total{};
-      for (int j = 0; j < kWidth; ++j) total += sums[j];
-      store(products + v * kWidth, total);
+      store(products + v * kWidth, lane_scores<Engine>(units_, answer_columns_ + v * kWidth, gradient + v * kWidth));
     }
   }
 
-  void columns_and_rows(const BankView& bank, const Rows& from, const Lanes& lanes, float* columns, float* rows) {
-    Element* staged = reinterpret_cast<Element*>(staged_);
-    const int padded_count = lanes.vectors * kWidth;
-    for (int i = 0; i < padded_count; ++i) {
+  Element* staged() { return reinterpret_cast<Element*>(staged_); }
+
+  // Stages the rows of a sub-block's queries, and writes them as columns.
+  void stage(const BankView& bank, const Rows& from, const Lanes& lanes, float* columns) {
+    for (int i = 0; i < lanes.vectors * kWidth; ++i) {
       const void* row = i < lanes.count ? from.at(lanes.images[i], bank.head, lanes.places[i]) : nullptr;
-      copy_row(problem_.dtype, row, channels_, staged + i * padded_, padded_);
+      copy_row(problem_.dtype, row, channels_, staged() + i * padded_, padded_);
     }
     transpose_rows(staged_, padded_ / Engine::kPack, units_, lanes.vectors, columns);
-    pack_rows<Engine>(staged, padded_count, padded_, rows);
   }
 
   // What prototypes [m, m + count) of softmax s and the queries of one sub-block give to each other's gradients.
@@ -263,7 +257,7 @@ class BackwardAttention {
   const int64_t channels_, units_, padded_, prototypes_;
   Scratch scratch_;
   float *key_tiles_, *value_tiles_, *key_rows_, *key_gradient_, *value_gradient_, *staged_;
-  float *query_columns_, *out_columns_, *query_rows_, *out_rows_, *query_gradient_;
+  float *query_columns_, *out_columns_, *answer_columns_, *query_rows_, *out_rows_, *query_gradient_;
   float *scores_, *slopes_, *weight_rows_, *slope_rows_;
   Lanes lanes_[kSubBlocks];
 };

@@ -19,7 +19,7 @@ constexpr float kLog2E = 1.44269504f;
 struct FloatEngine {
   typedef float Element;
   static constexpr int kPack = 1;  // elements in a unit
-  static DPDIFF_INLINE vfloat multiply_add(const float* a, vfloat b, vfloat c) { return broadcast(*a) * b + c; }
+  static DPDIFF_INLINE vfloat multiply_add(vfloat a, vfloat b, vfloat c) { return a * b + c; }
   static DPDIFF_INLINE vfloat add(vfloat sum, vfloat units) { return sum + units; }
   static DPDIFF_INLINE vfloat power_of_two(vfloat x) { return exp2(x); }
 };
@@ -28,8 +28,8 @@ struct FloatEngine {
 struct BFloat16Engine {
   typedef bfloat16 Element;
   static constexpr int kPack = 2;
-  static DPDIFF_INLINE vfloat multiply_add(const float* a, vfloat b, vfloat c) {
-    return (vfloat)_mm512_dpbf16_ps((__m512)c, (__m512bh)_mm512_set1_ps(*a), (__m512bh)b);
+  static DPDIFF_INLINE vfloat multiply_add(vfloat a, vfloat b, vfloat c) {
+    return (vfloat)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
   }
   // Both numbers of each unit, as they are rounded: what they weigh is then normalised by what they sum up to.
   static DPDIFF_INLINE vfloat add(vfloat sum, vfloat units) {
@@ -80,7 +80,7 @@ DPDIFF_INLINE void multiply_tile(
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 3
-      for (int v = 0; v < Vectors; ++v) sums[r][v] = Engine::multiply_add(a + r * a_row, columns[v], sums[r][v]);
+      for (int v = 0; v < Vectors; ++v) sums[r][v] = Engine::multiply_add(broadcast(a[r * a_row]), columns[v], sums[r][v]);
     }
   }
 #pragma GCC unroll 8
@@ -95,14 +95,28 @@ DPDIFF_INLINE void multiply_tile(
 
 // Scores of kRows rows of tiles with columns, over any number of units: beyond kLongest in sums of sums, as in other
 // libraries, or the roundings of wide heads would add up to more than theirs.
+constexpr int64_t kLongest = 64;
 template <class Engine, int Vectors>
 DPDIFF_INLINE void score_tile(int64_t units, const float* tile, const float* columns, float* scores) {
-  constexpr int64_t kLongest = 128;
   multiply_tile<Engine, Vectors, false>(smaller(kLongest, units), tile, kRows, 1, columns, kLanes, scores, kLanes);
   for (int64_t u = kLongest; u < units; u += kLongest) {
     multiply_tile<Engine, Vectors, true>(
         smaller(kLongest, units - u), tile + u * kRows, kRows, 1, columns + u * kLanes, kLanes, scores, kLanes);
   }
+}
+
+// Scores of columns with columns, lane by lane: the sums of score_tile, in the same order.
+template <class Engine>
+DPDIFF_INLINE vfloat lane_scores(int64_t units, const float* a, const float* b) {
+  vfloat scores{};
+  for (int64_t first = 0; first < units; first += kLongest) {
+    vfloat sum{};
+    for (int64_t u = first; u < smaller(first + kLongest, units); ++u) {
+      sum = Engine::multiply_add(load(a + u * kLanes), load(b + u * kLanes), sum);
+    }
+    scores = first == 0 ? sum : scores + sum;
+  }
+  return scores;
 }
 
 template <typename T>
