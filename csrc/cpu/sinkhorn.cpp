@@ -64,17 +64,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sinkhorn(
   float *fs = data_of(f), *gs = data_of(g), *totals = data_of(total), *values = data_of(value), *errors = data_of(error);
   int64_t* counts = used.mutable_data_ptr<int64_t>();
   const auto solve = DPDIFF_DISPATCH(sinkhorn_dense);
-  for_problems(batch, n * m, [&](int64_t i, Arena& arena, bool parallel) {
-    SinkhornProblem problem{n, m, at(as, i, n), at(bs, i, m)};
-    problem.plan = at(plans, i, n * m);
-    problem.streams = batch * n * m >= int64_t(1) << 21;
-    problem.f = at(fs, i, n);
-    problem.g = at(gs, i, m);
-    problem.cost = totals + i;
-    problem.value = values + i;
-    problem.error = errors + i;
-    problem.n_iters = counts + i;
-    solve(costs + i * n * m, chosen, problem, arena, parallel);
+  const int64_t together = DPDIFF_DISPATCH(sinkhorn_together)(chosen, n, m);
+  for_problems((batch + together - 1) / together, together * n * m, [&](int64_t group, Arena& arena, bool parallel) {
+    const int64_t first = group * together, count = std::min(together, batch - first);
+    std::vector<SinkhornProblem> problems;
+    for (int64_t i = first; i < first + count; ++i) {
+      SinkhornProblem problem{n, m, at(as, i, n), at(bs, i, m)};
+      problem.plan = at(plans, i, n * m);
+      problem.streams = batch * n * m >= int64_t(1) << 21;
+      problem.f = at(fs, i, n);
+      problem.g = at(gs, i, m);
+      problem.cost = totals + i;
+      problem.value = values + i;
+      problem.error = errors + i;
+      problem.n_iters = counts + i;
+      problems.push_back(problem);
+    }
+    solve(costs + first * n * m, chosen, problems.data(), count, arena, parallel);
   });
   return {plan, f, g, total, value, used, error};
 }

@@ -4,7 +4,6 @@
 // each row and column, whatever eps is. An iteration reads K once: the row sums of a block give its phi, and with that its
 // part of the column sums. What float32 scalings can't represent is iterated in the log domain (sinkhorn_logs.h).
 
-constexpr double kMostExponent = 30;  // of the kernel of zero potentials
 // The rows are taken in up to this many chunks, each with column sums of its own, whether or not they run in parallel: the
 // result doesn't depend on the number of threads.
 constexpr int64_t kMostChunks = 32;
@@ -69,8 +68,7 @@ class Sinkhorn {
   // The kernel of zero potentials, in one pass, where float32 holds it: small finite costs. Otherwise false.
   bool build_unshifted() {
     if (rows_.mass == 0 || columns_.mass == 0) return false;
-    const vint limit = (vint)broadcast(float(std::min(kMostExponent / scale_, 1e38)));
-    const float scale = float(scale_), rest = float(scale_ - scale);
+    const Unshifted unshifted(options_.eps);
     std::atomic<bool> good{true};
     for_chunks([&](int64_t, int64_t first, int64_t last, float* scratch) {
       for (; first < last && good.load(std::memory_order_relaxed); ++first) {
@@ -79,15 +77,10 @@ class Sinkhorn {
         vint worst{};
         for (int r = 0; r < kWidth; ++r) {
           for (int64_t j = 0; j < width_; j += kWidth) {
-            const vfloat c = costs.load(r, j, 0.0f);
-            const vint size = (vint)c & 0x7fffffff;  // ordered as integers are: finite numbers, infinity, NaN
-            worst = size > worst ? size : worst;
-            const vfloat x = c * scale;
-            const vfloat lost = rounding_of(c, broadcast(scale), x) + c * rest, power = exp2(-x);
-            store(entry(block, width_, j, r), power - power * (lost * float(kLn2)));
+            store(entry(block, width_, j, r), unshifted(costs.load(r, j, 0.0f), worst));
           }
         }
-        if (any(worst > limit)) good = false;
+        if (any(worst > unshifted.limit)) good = false;
       }
     });
     if (good) set_pulls();

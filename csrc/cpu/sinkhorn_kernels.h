@@ -5,12 +5,28 @@
 #include "sinkhorn_points.h"
 #include "sinkhorn_forward.h"
 #include "sinkhorn_logs.h"
+#include "sinkhorn_lanes.h"
 #include "sinkhorn_backward.h"
 
-void sinkhorn_dense(const float* cost, const SinkhornOptions& options, const SinkhornProblem& problem, Arena& arena,
-                    bool parallel) {
-  arena.reset();
-  Sinkhorn<DenseCost>({cost, problem.n, problem.m}, options, problem, arena, parallel).solve();
+// How many problems sinkhorn_dense should be given at a time.
+int64_t sinkhorn_together(const SinkhornOptions& options, int64_t n, int64_t m) {
+  return LaneSinkhorn::suits(options, n, m) ? kWidth : 1;
+}
+
+// Problems of one shape, whose costs follow each other.
+void sinkhorn_dense(const float* cost, const SinkhornOptions& options, const SinkhornProblem* problems, int64_t count,
+                    Arena& arena, bool parallel) {
+  const int64_t n = problems->n, m = problems->m;
+  vint solved{};
+  if (LaneSinkhorn::suits(options, n, m)) {
+    arena.reset();
+    solved = LaneSinkhorn(cost, options, problems, int(count), arena).solve();
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    if (solved[i]) continue;
+    arena.reset();
+    Sinkhorn<DenseCost>({cost + i * n * m, n, m}, options, problems[i], arena, parallel).solve();
+  }
 }
 
 void sinkhorn_points(const SinkhornPoints& points, const SinkhornOptions& options, const SinkhornProblem& problem, Arena& arena,

@@ -59,6 +59,26 @@ DPDIFF_INLINE vfloat rounding_of(vfloat a, vfloat b, vfloat product) {
 #endif
 }
 
+// The kernel of zero potentials, exp(-cost / eps), of small finite costs.
+struct Unshifted {
+  static constexpr double kMostExponent = 30;
+  float scale, rest;
+  vint limit;  // of what costs come to as integers
+
+  explicit Unshifted(double eps) : scale(float(kLog2e / eps)), rest(float(kLog2e / eps - scale)) {
+    limit = (vint)broadcast(float(std::min(kMostExponent * eps / kLog2e, 1e38)));
+  }
+
+  // Raises `worst` to the costs, as integers: ordered are finite numbers, infinity and NaN.
+  DPDIFF_INLINE vfloat operator()(vfloat cost, vint& worst) const {
+    const vint size = (vint)cost & 0x7fffffff;
+    worst = size > worst ? size : worst;
+    const vfloat x = cost * scale;
+    const vfloat lost = rounding_of(cost, broadcast(scale), x) + cost * rest, power = exp2(-x);
+    return power - power * (lost * float(kLn2));
+  }
+};
+
 // log2(x) = whole + part for normal x > 0, part in [-0.5, 0.5].
 DPDIFF_INLINE void split_log2(vfloat x, vfloat& whole, vfloat& part) {
   const vint bits = (vint)x;

@@ -47,6 +47,29 @@ def test_points_compile(backend):
         torch.testing.assert_close(result, expected)
 
 
+@needs_cpp
+@pytest.mark.parametrize("shape", [(13, 7), (8, 16), (33, 20), (64, 64)])
+def test_small_problems_are_solved_together_as_they_are_alone(shape):
+    """To the bit, whatever their neighbours are: such too that need stabilising, weigh nothing or have no solution."""
+    cost, a, b = random_problem(21, *shape, dtype=torch.float32)
+    cost[3] *= 100  # exponents up to 2,000
+    cost[4] -= 1000
+    cost[5, 2] = torch.nan
+    cost[6, :, 1] = torch.inf
+    a[7, 0], a[7, 1] = 0, a[7, :2].sum()
+    a[8] = b[8] = 0
+    cost[9], a[9] = 0, torch.full(shape[:1], 1 / shape[0])
+    together = dk.sinkhorn(cost, a, b, eps=0.05, n_iters=60, backend="cpp")
+    for i in range(len(cost)):
+        alone = dk.sinkhorn(cost[i], a[i], b[i], eps=0.05, n_iters=60, backend="cpp")
+        for name, result in alone._asdict().items():
+            assert torch.equal(result.nan_to_num(nan=-1), getattr(together, name)[i].nan_to_num(nan=-1)), (i, name)
+    exact = dk.sinkhorn(cost.double(), a.double(), b.double(), eps=0.05, n_iters=60, backend="reference")
+    for name in ("plan", "f", "g", "value", "cost"):
+        ours, wanted = getattr(together, name).double(), getattr(exact, name)
+        torch.testing.assert_close(ours, wanted, rtol=1e-5, atol=2e-5, equal_nan=True, msg=lambda m: f"{name}: {m}")
+
+
 @each_backend
 def test_exports(backend):
     class Model(torch.nn.Module):

@@ -1,0 +1,236 @@
+// Solves small problems as many at a time as a vector has lanes, one in each: no sum crosses lanes, and while one row waits
+// for its scaling others are under way. The iterations are those of Sinkhorn (sinkhorn_forward.h) on the kernel of zero
+// potentials; a problem that needs more than that, for its costs, weights or scalings, is left to Sinkhorn.
+
+constexpr int64_t kMostPairsOfLanes = 4096;  // the kernels of all lanes stay in the second cache
+constexpr int kLaneRows = 8;                 // rows at a time
+
+// The sums of a number for each lane, in float64.
+struct LaneSums {
+  vdouble low, high;
+
+  LaneSums() : low{}, high{} {}
+  DPDIFF_INLINE void add(vfloat x) { low += widen_low(x), high += widen_high(x); }
+  double operator[](int lane) const { return lane < kWidth / 2 ? low[lane] : high[lane - kWidth / 2]; }
+};
+
+class LaneSinkhorn {
+ public:
+  static bool suits(const SinkhornOptions& options, int64_t n, int64_t m) {
+    return n * m > 0 && n * m <= kMostPairsOfLanes && options.n_iters > 0 && options.tol == 0 &&
+           options.tau_a == INFINITY && options.tau_b == INFINITY;
+  }
+
+  // Of problems of one shape, at most kWidth.
+  LaneSinkhorn(const float* cost, const SinkhornOptions& options, const SinkhornProblem* problems, int count, Arena& arena)
+      : cost_(cost),
+        options_(options),
+        problems_(problems),
+        count_(count),
+        n_(problems->n),
+        m_(problems->m),
+        padded_((n_ + kLaneRows - 1) / kLaneRows * kLaneRows),
+        rows_(padded_, arena),
+        columns_(m_, arena) {
+    kernel_ = arena.take<float>(padded_ * m_ * kWidth);
+    staged_ = arena.take<float>(std::max(n_, m_) * kWidth);
+  }
+
+  // Returns the lanes whose problems are solved.
+  vint solve() {
+    vint good = build();
+    good &= weigh(rows_, n_, &SinkhornProblem::a) & weigh(columns_, m_, &SinkhornProblem::b);
+    good &= iterate();
+    if (any(good)) finish(good);
+    return good;
+  }
+
+ private:
+  // [row or column][lane]
+  struct Side {
+    float *weight, *scaling, *moved, *sums;
+    LaneSums mass;
+
+    Side(int64_t count, Arena& arena) {
+      for (float** part : {&weight, &scaling, &moved, &sums}) {
+        *part = arena.take<float>(count * kWidth);
+        std::fill_n(*part, count * kWidth, 0.0f);
+      }
+    }
+  };
+
+  // Lanes beyond the last problem repeat it.
+  int problem(int lane) const { return std::min(lane, count_ - 1); }
+
+  // The arrays from(problem) of `count` numbers, as [number][lane].
+  template <class From>
+  void to_lanes(const From& from, int64_t count, float* to) const {
+    for (int64_t j = 0; j < count; j += kWidth) {
+      vfloat square[kWidth];
+      for (int lane = 0; lane < kWidth; ++lane) square[lane] = load_first(from(problem(lane)) + j, count - j, 0.0f);
+      transpose(square);
+      for (int64_t k = 0; k < kWidth && j + k < count; ++k) store(to + (j + k) * kWidth, square[k]);
+    }
+  }
+
+  // Returns the lanes whose weights on this side plain scalings suit.
+  vint weigh(Side& side, int64_t count, const float* SinkhornProblem::*weights) const {
+    to_lanes([&](int lane) { return problems_[lane].*weights; }, count, side.weight);
+    vint good = ~vint{};
+    vfloat mass{};
+    for (int64_t i = 0; i < count; ++i) {
+      const vfloat weight = load(side.weight + i * kWidth);
+      good &= weight >= vfloat{};
+      mass += weight;
+      side.mass.add(weight);
+    }
+    return good & (mass > vfloat{}) & (mass <= broadcast(kMostMass));
+  }
+
+  // Groups of kLaneRows rows, in each [column][row][lane].
+  float* entry(int64_t i, int64_t j) const {
+    return kernel_ + ((i / kLaneRows * m_ + j) * kLaneRows + i % kLaneRows) * kWidth;
+  }
+
+  // Returns the lanes whose kernel float32 holds.
+  vint build() {
+    const Unshifted unshifted(options_.eps);
+    vint worst{};
+    for (int64_t i = 0; i < n_; ++i) {
+      to_lanes([&](int lane) { return cost_ + (lane * n_ + i) * m_; }, m_, staged_);
+      for (int64_t j = 0; j < m_; ++j) store(entry(i, j), unshifted(load(staged_ + j * kWidth), worst));
+    }
+    for (int64_t i = n_; i < padded_; ++i) {  // repeats of the last row, of zero weight
+      for (int64_t j = 0; j < m_; ++j) store(entry(i, j), load(entry(n_ - 1, j)));
+    }
+    return ~(worst > unshifted.limit);
+  }
+
+  // Returns the lanes whose scalings, of zero weights too, stay calm.
+  vint iterate() {
+    vfloat least = broadcast(INFINITY), greatest{};
+    const auto scale = [&](const Side& side, int64_t i, vfloat sum) {
+      const vfloat scaling = 1.0f / sum, moved = load(side.weight + i * kWidth) * scaling;
+      least = minimum(least, scaling);
+      greatest = maximum(greatest, scaling);
+      store(side.scaling + i * kWidth, scaling);
+      store(side.moved + i * kWidth, moved);
+      return moved;
+    };
+    std::copy_n(columns_.weight, m_ * kWidth, columns_.moved);
+    for (int64_t k = 0; k < options_.n_iters; ++k) {
+      std::fill_n(columns_.sums, m_ * kWidth, 0.0f);
+      for (int64_t first = 0; first < padded_; first += kLaneRows) {
+        const int64_t i = k % 2 == 0 ? first : padded_ - kLaneRows - first;  // to and fro: what was read last is nearest
+        const float* kernel = entry(i, 0);
+        vfloat rows[kLaneRows] = {};
+        for (int64_t j = 0; j < m_; ++j) {
+          const vfloat v = load(columns_.moved + j * kWidth);
+#pragma GCC unroll 8
+          for (int r = 0; r < kLaneRows; ++r) rows[r] += load(kernel + (j * kLaneRows + r) * kWidth) * v;
+        }
+#pragma GCC unroll 8
+        for (int r = 0; r < kLaneRows; ++r) rows[r] = scale(rows_, i + r, rows[r]);
+        for (int64_t j = 0; j < m_; ++j) {
+          vfloat sum = load(columns_.sums + j * kWidth);
+#pragma GCC unroll 8
+          for (int r = 0; r < kLaneRows; ++r) sum += load(kernel + (j * kLaneRows + r) * kWidth) * rows[r];
+          store(columns_.sums + j * kWidth, sum);
+        }
+      }
+      for (int64_t j = 0; j < m_; ++j) scale(columns_, j, load(columns_.sums + j * kWidth));
+    }
+    return (least >= broadcast(kTimid)) & (greatest <= broadcast(kBold));
+  }
+
+  // Results of the lanes that are good.
+  void finish(vint good) {
+    LaneSums mass, cost, error;
+    const bool streamed = problems_->streams && m_ % kWidth == 0 && uintptr_t(problems_->plan) % sizeof(vfloat) == 0;
+    const float* costs[kWidth];
+    float* plans[kWidth];
+    for (int lane = 0; lane < kWidth; ++lane) {
+      costs[lane] = cost_ + problem(lane) * n_ * m_;
+      float* plan = lane < count_ && good[lane] ? problems_[lane].plan : nullptr;
+      plans[lane] = plan == nullptr ? staged_ : plan;
+    }
+    std::fill_n(columns_.sums, m_ * kWidth, 0.0f);
+    for (int64_t i = 0; i < n_; ++i) {
+      const vfloat u = load(rows_.moved + i * kWidth);
+      vfloat sum{}, row_costs[kWidth] = {};
+      for (int64_t j = 0; j < m_; j += kWidth) {
+        vfloat square[kWidth] = {};
+        for (int64_t k = 0; k < kWidth && j + k < m_; ++k) {
+          square[k] = u * load(entry(i, j + k)) * load(columns_.moved + (j + k) * kWidth);
+          sum += square[k];
+          store(columns_.sums + (j + k) * kWidth, load(columns_.sums + (j + k) * kWidth) + square[k]);
+        }
+        transpose(square);
+#pragma GCC unroll 16
+        for (int lane = 0; lane < kWidth; ++lane) {
+          row_costs[lane] += square[lane] * load_first(costs[lane] + j, m_ - j, 0.0f);
+          if (streamed) {
+            stream(plans[lane] + j, square[lane]);
+          } else {
+            store_first(plans[lane] + j, square[lane], m_ - j);
+          }
+        }
+      }
+      mass.add(sum);
+      error.add(absolute(sum - load(rows_.weight + i * kWidth)));
+      transpose(row_costs);
+      for (int k = 1; k < kWidth; ++k) row_costs[0] += row_costs[k];
+      cost.add(row_costs[0]);
+      for (int lane = 0; lane < kWidth; ++lane) {
+        costs[lane] += m_;
+        plans[lane] += plans[lane] == staged_ ? 0 : m_;
+      }
+    }
+    for (int64_t j = 0; j < m_; ++j) error.add(absolute(load(columns_.sums + j * kWidth) - load(columns_.weight + j * kWidth)));
+    const LaneSums of_rows = dual(rows_, n_, good, &SinkhornProblem::f), of_columns = dual(columns_, m_, good, &SinkhornProblem::g);
+    for (int lane = 0; lane < count_; ++lane) {
+      if (!good[lane]) continue;
+      const SinkhornProblem& p = problems_[lane];
+      const double spare = mass[lane] - rows_.mass[lane] * columns_.mass[lane];
+      *p.cost = float(cost[lane]);
+      *p.value = float(of_rows[lane] + of_columns[lane] - options_.eps * spare);
+      *p.error = float(error[lane]);
+      *p.n_iters = options_.n_iters;
+    }
+    stream_end();
+  }
+
+  // Writes a side's potentials and returns their part of the dual objectives.
+  LaneSums dual(const Side& side, int64_t count, vint good, float* SinkhornProblem::*potentials) const {
+    const double unit = kLn2 * options_.eps;
+    LaneSums sums;
+    for (int64_t i = 0; i < count; ++i) {
+      vfloat whole, part;
+      split_log2(load(side.scaling + i * kWidth), whole, part);
+      const vdouble low = (widen_low(whole) + widen_low(part)) * unit, high = (widen_high(whole) + widen_high(part)) * unit;
+      const vfloat weight = load(side.weight + i * kWidth);
+      sums.low += widen_low(weight) * low;
+      sums.high += widen_high(weight) * high;
+      store(staged_ + i * kWidth, narrow(low, high));
+    }
+    for (int64_t i = 0; i < count; i += kWidth) {
+      vfloat square[kWidth] = {};
+      for (int64_t k = 0; k < kWidth && i + k < count; ++k) square[k] = load(staged_ + (i + k) * kWidth);
+      transpose(square);
+      for (int lane = 0; lane < count_; ++lane) {
+        if (good[lane]) store_first(problems_[lane].*potentials + i, square[lane], count - i);
+      }
+    }
+    return sums;
+  }
+
+  static DPDIFF_INLINE vfloat absolute(vfloat x) { return maximum(x, -x); }
+
+  const float* cost_;
+  const SinkhornOptions& options_;
+  const SinkhornProblem* problems_;
+  const int count_;
+  const int64_t n_, m_, padded_;  // padded_: to whole groups of rows
+  Side rows_, columns_;
+  float *kernel_, *staged_;
+};
