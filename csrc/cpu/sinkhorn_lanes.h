@@ -146,7 +146,8 @@ class LaneSinkhorn {
   // Results of the lanes that are good.
   void finish(vint good) {
     LaneSums mass, cost, error;
-    const bool streamed = problems_->streams && m_ % kWidth == 0 && uintptr_t(problems_->plan) % sizeof(vfloat) == 0;
+    const float* first = problems_->plan;
+    const bool streamed = first != nullptr && problems_->streams && m_ % kWidth == 0 && uintptr_t(first) % sizeof(vfloat) == 0;
     const float* costs[kWidth];
     float* plans[kWidth];
     for (int lane = 0; lane < kWidth; ++lane) {
