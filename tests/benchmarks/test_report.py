@@ -103,4 +103,4 @@ def test_the_published_pages_are_what_the_stored_results_say(file):
     if "--readme" not in command:
         return
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert report.update_readme(readme, runs, "docs/benchmarks.md") == readme
+    assert report.update_readme(readme, runs, f"docs/{file.name}") == readme
