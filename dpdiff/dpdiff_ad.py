@@ -27,7 +27,7 @@ class DPDiffAD(Detector):
 
     A frozen backbone turns an image into tokens; local prototypes (nearest-prototype aggregation) say what normal
     structure each token is closest to; global prototypes choose the few groups of local ones that an image needs,
-    share the training images evenly by optimal transport, and by it hold reconstructions to the geometry of normal
+    share the training images out by optimal transport, and by it hold reconstructions to the geometry of normal
     images; a diffusion model, conditioned on both by prototype attention, reconstructs the tokens. What it can't
     reconstruct, and what is far from every local prototype, is anomalous. The abstract of "DPDiff-AD" fixes these
     parts; what it leaves open is chosen here.

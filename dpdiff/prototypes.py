@@ -53,8 +53,7 @@ class LocalPrototypes(nn.Module):
 class GlobalPrototypes(nn.Module):
     """A bank (K, D) of typical images: the centres of clusters of their descriptors, of unit length.
 
-    Optimal transport gives the clusters equal shares of the images: no group of local prototypes is left with one image
-    to learn from, nor with a hundred.
+    Optimal transport evens the clusters' shares of the images, and so what the groups of local prototypes learn from.
 
     They route an image to groups of local prototypes, and in training hold the reconstructions to the geometry of
     normal images: their optimal transport to the bank is to be cheap, and to go where that of the clean image goes
