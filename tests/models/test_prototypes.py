@@ -77,7 +77,7 @@ def test_every_kind_of_image_has_a_global_prototype_and_images_go_to_their_own()
     assert torch.equal(prototypes.route(images, 3), similarity.topk(3).indices)
 
 
-def test_transport_gives_clusters_equal_shares_of_the_images():
+def test_transport_evens_the_clusters_shares_of_the_images():
     """Of kinds equally frequent, each gets a cluster; where one kind is most images, most clusters are for it."""
     images, kinds = descriptors((20,) * 6)
     for seed in range(5):
