@@ -143,11 +143,12 @@ class DPDiffAD(Detector):
         self.tokenizer.fit(batches())
         descriptors = torch.cat([self.encode(maps).mean(1) for maps in batches()])
         group = self.global_prototypes.initialise(descriptors, self.config["ot_weight"] > 0, generator)
-        similarities = F.normalize(descriptors, dim=-1) @ self.global_prototypes.bank.T
         n_global = self.config["n_global"]
         sizes = group.bincount(minlength=n_global)
         # A group that got no image learns from the one that is nearest to it.
-        spare = {g: similarities[:, g].argmax() for g in (sizes == 0).nonzero().flatten().tolist()}
+        empty = (sizes == 0).nonzero().flatten()
+        nearest = (F.normalize(descriptors, dim=-1) @ self.global_prototypes.bank[empty].T).argmax(0)
+        spare = dict(zip(empty.tolist(), nearest.tolist()))
         quota = (_INITIAL_TOKENS // n_global) // sizes.clamp(1)  # tokens of an image
         some: list[list[Tensor]] = [[] for _ in range(n_global)]
         first = 0

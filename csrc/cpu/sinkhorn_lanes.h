@@ -34,6 +34,7 @@ class LaneSinkhorn {
         columns_(m_, arena) {
     kernel_ = arena.take<float>(padded_ * m_ * kWidth);
     staged_ = arena.take<float>(std::max(n_, m_) * kWidth);
+    sums_ = arena.take<float>(m_ * kWidth);
   }
 
   // Returns the lanes whose problems are solved.
@@ -48,11 +49,11 @@ class LaneSinkhorn {
  private:
   // [row or column][lane]
   struct Side {
-    float *weight, *scaling, *moved, *sums;
+    float *weight, *scaling, *moved;
     LaneSums mass;
 
     Side(int64_t count, Arena& arena) {
-      for (float** part : {&weight, &scaling, &moved, &sums}) {
+      for (float** part : {&weight, &scaling, &moved}) {
         *part = arena.take<float>(count * kWidth);
         std::fill_n(*part, count * kWidth, 0.0f);
       }
@@ -119,7 +120,7 @@ class LaneSinkhorn {
     };
     std::copy_n(columns_.weight, m_ * kWidth, columns_.moved);
     for (int64_t k = 0; k < options_.n_iters; ++k) {
-      std::fill_n(columns_.sums, m_ * kWidth, 0.0f);
+      std::fill_n(sums_, m_ * kWidth, 0.0f);
       for (int64_t first = 0; first < padded_; first += kLaneRows) {
         const int64_t i = k % 2 == 0 ? first : padded_ - kLaneRows - first;  // to and fro: what was read last is nearest
         const float* kernel = entry(i, 0);
@@ -132,13 +133,13 @@ class LaneSinkhorn {
 #pragma GCC unroll 8
         for (int r = 0; r < kLaneRows; ++r) rows[r] = scale(rows_, i + r, rows[r]);
         for (int64_t j = 0; j < m_; ++j) {
-          vfloat sum = load(columns_.sums + j * kWidth);
+          vfloat sum = load(sums_ + j * kWidth);
 #pragma GCC unroll 8
           for (int r = 0; r < kLaneRows; ++r) sum += load(kernel + (j * kLaneRows + r) * kWidth) * rows[r];
-          store(columns_.sums + j * kWidth, sum);
+          store(sums_ + j * kWidth, sum);
         }
       }
-      for (int64_t j = 0; j < m_; ++j) scale(columns_, j, load(columns_.sums + j * kWidth));
+      for (int64_t j = 0; j < m_; ++j) scale(columns_, j, load(sums_ + j * kWidth));
     }
     return (least >= broadcast(kTimid)) & (greatest <= broadcast(kBold));
   }
@@ -155,7 +156,7 @@ class LaneSinkhorn {
       float* plan = lane < count_ && good[lane] ? problems_[lane].plan : nullptr;
       plans[lane] = plan == nullptr ? staged_ : plan;
     }
-    std::fill_n(columns_.sums, m_ * kWidth, 0.0f);
+    std::fill_n(sums_, m_ * kWidth, 0.0f);
     for (int64_t i = 0; i < n_; ++i) {
       const vfloat u = load(rows_.moved + i * kWidth);
       vfloat sum{}, row_costs[kWidth] = {};
@@ -164,7 +165,7 @@ class LaneSinkhorn {
         for (int64_t k = 0; k < kWidth && j + k < m_; ++k) {
           square[k] = u * load(entry(i, j + k)) * load(columns_.moved + (j + k) * kWidth);
           sum += square[k];
-          store(columns_.sums + (j + k) * kWidth, load(columns_.sums + (j + k) * kWidth) + square[k]);
+          store(sums_ + (j + k) * kWidth, load(sums_ + (j + k) * kWidth) + square[k]);
         }
         transpose(square);
 #pragma GCC unroll 16
@@ -187,7 +188,7 @@ class LaneSinkhorn {
         plans[lane] += plans[lane] == staged_ ? 0 : m_;
       }
     }
-    for (int64_t j = 0; j < m_; ++j) error.add(absolute(load(columns_.sums + j * kWidth) - load(columns_.weight + j * kWidth)));
+    for (int64_t j = 0; j < m_; ++j) error.add(absolute(load(sums_ + j * kWidth) - load(columns_.weight + j * kWidth)));
     const LaneSums of_rows = dual(rows_, n_, good, &SinkhornProblem::f), of_columns = dual(columns_, m_, good, &SinkhornProblem::g);
     for (int lane = 0; lane < count_; ++lane) {
       if (!good[lane]) continue;
@@ -202,24 +203,22 @@ class LaneSinkhorn {
   }
 
   // Writes a side's potentials and returns their part of the dual objectives.
-  LaneSums dual(const Side& side, int64_t count, vint good, float* SinkhornProblem::*potentials) const {
+  LaneSums dual(const Side& side, int64_t count, vint good, float* SinkhornProblem::*to) const {
     const double unit = kLn2 * options_.eps;
     LaneSums sums;
     for (int64_t i = 0; i < count; ++i) {
-      vfloat whole, part;
-      split_log2(load(side.scaling + i * kWidth), whole, part);
-      const vdouble low = (widen_low(whole) + widen_low(part)) * unit, high = (widen_high(whole) + widen_high(part)) * unit;
+      const Potentials potentials(load(side.scaling + i * kWidth), unit);
       const vfloat weight = load(side.weight + i * kWidth);
-      sums.low += widen_low(weight) * low;
-      sums.high += widen_high(weight) * high;
-      store(staged_ + i * kWidth, narrow(low, high));
+      sums.low += widen_low(weight) * potentials.low;
+      sums.high += widen_high(weight) * potentials.high;
+      store(staged_ + i * kWidth, narrow(potentials.low, potentials.high));
     }
     for (int64_t i = 0; i < count; i += kWidth) {
       vfloat square[kWidth] = {};
       for (int64_t k = 0; k < kWidth && i + k < count; ++k) square[k] = load(staged_ + (i + k) * kWidth);
       transpose(square);
       for (int lane = 0; lane < count_; ++lane) {
-        if (good[lane]) store_first(problems_[lane].*potentials + i, square[lane], count - i);
+        if (good[lane]) store_first(problems_[lane].*to + i, square[lane], count - i);
       }
     }
     return sums;
@@ -233,5 +232,5 @@ class LaneSinkhorn {
   const int count_;
   const int64_t n_, m_, padded_;  // padded_: to whole groups of rows
   Side rows_, columns_;
-  float *kernel_, *staged_;
+  float *kernel_, *staged_, *sums_;  // sums_: of columns
 };

@@ -128,10 +128,9 @@ struct Side {
   void potentials(double eps, double* to) const {
     const double unit = kLn2 * eps;
     for (int64_t i = 0; i < padded; i += kWidth) {
-      vfloat whole, part;
-      split_log2(load(scaling + i), whole, part);
-      store(to + i, load(base + i) + (widen_low(whole) + widen_low(part)) * unit);
-      store(to + i + kWidth / 2, load(base + i + kWidth / 2) + (widen_high(whole) + widen_high(part)) * unit);
+      const Potentials change(load(scaling + i), unit);
+      store(to + i, load(base + i) + change.low);
+      store(to + i + kWidth / 2, load(base + i + kWidth / 2) + change.high);
     }
     for (int64_t i = 0; i < n; ++i) {
       if (unreached[i]) to[i] = INFINITY;
@@ -144,11 +143,10 @@ struct Side {
     for (int64_t i = 0; i < padded; i += kWidth) {
       const vfloat s = load(scaling + i);
       const vint fit = (s >= broadcast(kTiny)) & (s < broadcast(INFINITY));
-      vfloat whole, part;
-      split_log2(select(fit, s, broadcast(1.0f)), whole, part);
+      const Potentials absorbed(select(fit, s, broadcast(1.0f)), unit);
       double *low = base + i, *high = base + i + kWidth / 2;
-      store(low, load(low) + (widen_low(whole) + widen_low(part)) * unit);
-      store(high, load(high) + (widen_high(whole) + widen_high(part)) * unit);
+      store(low, load(low) + absorbed.low);
+      store(high, load(high) + absorbed.high);
       store(scaling + i, select(fit, broadcast(1.0f), s));
       store(moved + i, load(weight + i));
     }

@@ -94,6 +94,18 @@ DPDIFF_INLINE void split_log2(vfloat x, vfloat& whole, vfloat& part) {
   part = p * z;
 }
 
+// The two halves of unit log2(x), of normal x > 0, in float64.
+struct Potentials {
+  vdouble low, high;
+
+  DPDIFF_INLINE Potentials(vfloat x, double unit) {
+    vfloat whole, part;
+    split_log2(x, whole, part);
+    low = (widen_low(whole) + widen_low(part)) * unit;
+    high = (widen_high(whole) + widen_high(part)) * unit;
+  }
+};
+
 // x^-power for normal x > 0 and power in (0, 1].
 DPDIFF_INLINE vfloat inverse_power(vfloat x, float power) {
   vfloat whole, part;
