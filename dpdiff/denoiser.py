@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dpdiff.tokens import places
 from dpdiff_kernels import ProjectedBanks, PrototypeAttention
 
 
@@ -33,11 +34,15 @@ class Denoiser(nn.Module):
         self.grid = tuple(grid)
         self.patch_size = patch_size
         patch_dim = token_dim * patch_size**2
-        n_patches = math.prod(-(-side // patch_size) for side in grid)
+        patch_places = places([-(-side // patch_size) for side in grid])
+        n_patches, n_places = patch_places.shape
+        self.register_buffer("patch_places", patch_places, persistent=False)
+        self.embed_place = nn.Linear(n_places, dim)
         self.embed = nn.Linear(patch_dim, dim)
         # Only what takes part: a parameter without a gradient stops distributed training.
         self.embed_condition = nn.Linear(patch_dim, dim) if condition else None
-        self.embed_bank = nn.Sequential(nn.Linear(token_dim, dim), nn.LayerNorm(dim)) if prototype_attention else None
+        bank_dim = token_dim + n_places
+        self.embed_bank = nn.Sequential(nn.Linear(bank_dim, dim), nn.LayerNorm(dim)) if prototype_attention else None
         self.position = nn.Parameter(0.02 * torch.randn(1, n_patches, dim))
         self.embed_timestep = TimestepEmbedding(dim)
         self.blocks = nn.ModuleList(DenoiserBlock(dim, num_heads, mlp_ratio, prototype_attention) for _ in range(depth))
@@ -46,21 +51,25 @@ class Denoiser(nn.Module):
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
-    def project_banks(self, local_bank: Tensor, global_bank: Tensor) -> list[ProjectedBanks | None]:
+    def project_banks(
+        self, local_bank: Tensor, local_places: Tensor, global_bank: Tensor
+    ) -> list[ProjectedBanks | None]:
         """Each block's keys and values of the banks, constant over the denoising steps.
 
-        local_bank: (K, D_token), shared by all images, or (B, K, D_token). global_bank: (K, D_token).
+        local_bank: (K, D_token), shared by all images, or (B, K, D_token). local_places: where on the grid these
+        prototypes are normal (K, n_places) or (B, K, n_places). global_bank: (K, D_token), of whole images.
         """
         if self.embed_bank is None:
             return [None] * len(self.blocks)
-        local_bank, global_bank = self.embed_bank(local_bank), self.embed_bank(global_bank)
+        local_bank = self.embed_bank(torch.cat([local_bank, local_places], -1))
+        global_bank = self.embed_bank(F.pad(global_bank, (0, local_places.shape[-1])))
         return [block.prototype_attention.project_banks(local_bank, global_bank) for block in self.blocks]
 
     def forward(
         self, noisy: Tensor, timesteps: Tensor, condition: Tensor, banks: list[ProjectedBanks | None]
     ) -> Tensor:
         """noisy (B, N, D), timesteps (B,), condition (B, N, D), banks of `project_banks` -> x0 (B, N, D)."""
-        x = self.embed(self._patches(noisy)) + self.position
+        x = self.embed(self._patches(noisy)) + self.position + self.embed_place(self.patch_places)
         if self.embed_condition is not None:
             x = x + self.embed_condition(self._patches(condition))
         t = self.embed_timestep(timesteps).unsqueeze(1)
@@ -84,7 +93,10 @@ class Denoiser(nn.Module):
 
 
 class DenoiserBlock(nn.Module):
-    """Self-attention, prototype attention and an MLP; the timestep shifts, scales and gates each (adaLN-zero)."""
+    """Self-attention, prototype attention and an MLP; the timestep shifts, scales and gates each (adaLN-zero).
+
+    Gates of self-attention and MLP start at zero.
+    """
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float, prototype_attention: bool) -> None:
         super().__init__()
@@ -97,6 +109,8 @@ class DenoiserBlock(nn.Module):
         self.modulation = nn.Linear(dim, 9 * dim)
         nn.init.zeros_(self.modulation.weight)
         nn.init.zeros_(self.modulation.bias)
+        # A prototype attention that starts closed hardly opens: the condition shows the nearest prototypes already.
+        nn.init.ones_(self.modulation.bias.view(9, dim)[5])
 
     def forward(self, x: Tensor, t: Tensor, banks: ProjectedBanks | None) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2, shift3, scale3, gate3 = self.modulation(t).chunk(9, -1)

@@ -15,7 +15,7 @@ from dpdiff.detector import Detector, Prediction, check_images
 from dpdiff.diffusion import Diffusion
 from dpdiff.draws import Draws
 from dpdiff.prototypes import GlobalPrototypes, LocalPrototypes
-from dpdiff.tokens import Tokenizer
+from dpdiff.tokens import Tokenizer, places
 
 _INITIAL_TOKENS = 1_000_000  # on which k-means of all local prototypes runs
 _IMAGES_PER_PROTOTYPE = 16
@@ -111,7 +111,9 @@ class DPDiffAD(Detector):
         if patch_size is None:
             self.config["patch_size"] = patch_size = max(1, round(16 / self.tokenizer.stride))
         self.global_prototypes = GlobalPrototypes(n_global, token_dim)
-        self.local_prototypes = LocalPrototypes(n_global, n_local, token_dim, k, temperature)
+        self.register_buffer("places", places(self.tokenizer.grid), persistent=False)
+        n_places = self.places.shape[1]
+        self.local_prototypes = LocalPrototypes(n_global, n_local, token_dim, n_places, k, temperature)
         options = {"condition": condition, "prototype_attention": prototype_attention}
         self.denoiser = Denoiser(token_dim, self.tokenizer.grid, patch_size, dim, depth, num_heads, **options)
         self.diffusion = Diffusion(n_timesteps) if diffusion else Diffusion(n_timesteps, "linear", betas=(0.0, 0.0))
@@ -150,19 +152,16 @@ class DPDiffAD(Detector):
         nearest = (F.normalize(descriptors, dim=-1) @ self.global_prototypes.bank[empty].T).argmax(0)
         spare = dict(zip(empty.tolist(), nearest.tolist()))
         quota = (_INITIAL_TOKENS // n_global) // sizes.clamp(1)  # tokens of an image
-        some: list[list[Tensor]] = [[] for _ in range(n_global)]
-        first = 0
-        for maps in batches():
-            tokens = self.encode(maps)
-            for i, image in enumerate(tokens, first):
-                order = torch.randperm(len(image), generator=generator)
-                some[group[i]].append(image[order[: quota[group[i]]]])
-                for g, nearest in spare.items():
-                    if nearest == i:
-                        some[g].append(image[order[: quota[g]]])
-            first += len(tokens)
-        for g, tokens in enumerate(some):
-            self.local_prototypes.initialise(g, torch.cat(tokens), generator=generator)
+        some: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(n_global)]
+        images = (image for maps in batches() for image in self.encode(maps))
+        for i, (image, own) in enumerate(zip(images, group.tolist())):
+            order = torch.randperm(len(image), generator=generator)
+            for g in (own, *(g for g, nearest in spare.items() if nearest == i)):
+                chosen = order[: quota[g]]
+                some[g].append((image[chosen], self.places[chosen]))
+        for g, parts in enumerate(some):
+            tokens, places = map(torch.cat, zip(*parts))
+            self.local_prototypes.initialise(g, tokens, places, generator)
 
     def losses(self, tokens: Tensor, draws: Draws | None = None) -> dict[str, Tensor]:
         """Training losses of clean tokens (B, N, D): "loss", what to minimise, and its parts, all scalars.
@@ -241,7 +240,8 @@ class DPDiffAD(Detector):
         return self.global_prototypes.route(tokens.mean(1), route)
 
     def _banks(self, active_groups: Tensor | None) -> list:
-        return self.denoiser.project_banks(self.local_prototypes.active(active_groups), self.global_prototypes.bank)
+        local_bank, local_places = self.local_prototypes.active(active_groups)
+        return self.denoiser.project_banks(local_bank, local_places, self.global_prototypes.bank)
 
 
 def _check_arguments(arguments: dict[str, Any]) -> None:

@@ -11,31 +11,42 @@ _BALANCING_ROUNDS = 10
 
 
 class LocalPrototypes(nn.Module):
-    """Groups of typical tokens: a bank (n_groups * per_group, D), the k-means centres of each group's tokens.
+    """Groups of typical tokens: a bank (n_groups * per_group, D), the k-means centres of each group's tokens, and
+    `places` (n_groups * per_group, n_places), the means of these tokens' `tokens.places`.
 
     An image searches the few groups that it is routed to, so that the cost doesn't grow with the number of groups.
     """
 
-    def __init__(self, n_groups: int, per_group: int, dim: int, k: int = 1, temperature: float = 0.1) -> None:
+    def __init__(
+        self, n_groups: int, per_group: int, dim: int, n_places: int, k: int = 1, temperature: float = 0.1
+    ) -> None:
         super().__init__()
         self.k = k
         self.temperature = temperature
         self.register_buffer("bank", torch.randn(n_groups * per_group, dim))
+        self.register_buffer("places", torch.zeros(n_groups * per_group, n_places))
         self.register_buffer("groups", torch.arange(n_groups).repeat_interleave(per_group), persistent=False)
         self.per_group = per_group
 
-    def active(self, active_groups: Tensor | None) -> Tensor:
-        """The prototypes (B, G per_group, D) of active_groups (B, G); the whole bank when None."""
+    def active(self, active_groups: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The prototypes (B, G per_group, D) of active_groups (B, G) and their places; the whole bank when None."""
         if active_groups is None:
-            return self.bank
-        return self.bank.unflatten(0, (-1, self.per_group))[active_groups].flatten(1, 2)
+            return self.bank, self.places
+        parts = (x.unflatten(0, (-1, self.per_group))[active_groups].flatten(1, 2) for x in (self.bank, self.places))
+        return tuple(parts)
 
     @torch.no_grad()
-    def initialise(self, group: int, tokens: Tensor, generator: torch.Generator | None = None) -> None:
-        """Sets one group by k-means on tokens (N, D)."""
-        tokens = tokens.repeat(-(-self.per_group // len(tokens)), 1)  # where there are fewer than prototypes
+    def initialise(
+        self, group: int, tokens: Tensor, places: Tensor, generator: torch.Generator | None = None
+    ) -> None:
+        """Sets one group by k-means on tokens (N, D) at places (N, n_places)."""
+        enough = tokens.repeat(-(-self.per_group // len(tokens)), 1)  # where there are fewer than prototypes
+        bank = dk.kmeans(enough, self.per_group, n_iters=10, generator=generator)
+        nearest = dk.nearest_prototype(tokens, bank, metric="l2").indices.squeeze(-1)
         rows = slice(group * self.per_group, (group + 1) * self.per_group)
-        self.bank[rows] = dk.kmeans(tokens, self.per_group, n_iters=10, generator=generator)
+        self.bank[rows] = bank
+        counts = nearest.bincount(minlength=self.per_group).clamp(1)  # repeated tokens leave prototypes without any
+        self.places[rows] = torch.zeros_like(self.places[rows]).index_add(0, nearest, places) / counts[:, None]
 
     def forward(self, tokens: Tensor, active_groups: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens (B, N, D), active_groups (B, G) or None for all -> the structural condition (B, N, D): each token's k

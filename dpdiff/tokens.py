@@ -1,5 +1,6 @@
 """From the feature maps of a backbone to tokens on one grid, and from reconstructed tokens to an error map."""
 
+import math
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -112,6 +113,15 @@ class Tokenizer(nn.Module):
         fused = [maps[g[0]] if len(g) == 1 else torch.stack([maps[i] for i in g]).mean(0) for g in self.fused]
         size = self.neighbourhood
         return [F.avg_pool2d(m, size, stride=1, padding=size // 2, count_include_pad=False) for m in fused]
+
+
+def places(grid: tuple[int, int], n: int = 4) -> Tensor:
+    """Where each cell of a grid, row by row, lies: products (N, n^2) of the n lowest cosines along both sides.
+
+    Their means over some tokens tell smoothly how often these lie where.
+    """
+    along = [((torch.arange(side) + 0.5) * math.pi / side).outer(torch.arange(n)).cos() for side in grid]
+    return torch.einsum("hi,wj->hwij", *along).flatten(2).flatten(0, 1)
 
 
 def _halves(n: int) -> list[list[int]]:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from dpdiff.denoiser import Denoiser, DenoiserBlock, TimestepEmbedding
 
@@ -20,6 +21,7 @@ def inputs():
         timesteps=torch.tensor([3, 700]),
         condition=randn(B, N, D_TOKEN),
         local_bank=randn(12, D_TOKEN),
+        local_places=randn(12, 16),
         global_bank=randn(5, D_TOKEN),
     )
 
@@ -39,16 +41,18 @@ def trained(denoiser):
     return denoiser
 
 
-def run(denoiser, noisy, timesteps, condition, local_bank, global_bank):
-    return denoiser(noisy, timesteps, condition, denoiser.project_banks(local_bank, global_bank))
+def run(denoiser, noisy, timesteps, condition, local_bank, local_places, global_bank):
+    return denoiser(noisy, timesteps, condition, denoiser.project_banks(local_bank, local_places, global_bank))
 
 
-def test_blocks_start_as_the_identity():
+def test_blocks_start_with_prototype_attention_alone():
     torch.manual_seed(0)
     block = DenoiserBlock(DIM, 3, 4.0, True)
     x, t = torch.randn(B, N, DIM), torch.randn(B, 1, DIM)
     banks = block.prototype_attention.project_banks(torch.randn(12, DIM), torch.randn(5, DIM))
-    torch.testing.assert_close(block(x, t, banks), x, rtol=0, atol=0)
+    attended = block.prototype_attention(F.layer_norm(x, (DIM,)), cache=banks)
+    torch.testing.assert_close(block(x, t, banks), x + attended, rtol=0, atol=0)
+    torch.testing.assert_close(block(x, t, None), x, rtol=0, atol=0)
 
 
 def test_the_reconstruction_starts_as_the_condition(inputs):
@@ -77,11 +81,12 @@ def test_banks_of_each_image_are_its_own(inputs):
     """One bank for all, or the same one given to each image, or each image alone with its own."""
     denoiser = trained(make())
     before = run(denoiser, **inputs)
-    own = torch.stack([inputs["local_bank"], inputs["local_bank"].flip(-1)])
-    together = run(denoiser, **inputs | {"local_bank": own})
+    own = {name: torch.stack([inputs[name], inputs[name].flip(-1)]) for name in ("local_bank", "local_places")}
+    together = run(denoiser, **inputs | own)
     torch.testing.assert_close(together[0], before[0], rtol=1e-4, atol=1e-5)
     alone = {name: inputs[name][1:] for name in ("noisy", "timesteps", "condition")}
-    torch.testing.assert_close(together[1:], run(denoiser, **inputs | alone | {"local_bank": own[1]}))
+    own = {name: banks[1] for name, banks in own.items()}
+    torch.testing.assert_close(together[1:], run(denoiser, **inputs | alone | own))
 
 
 @pytest.mark.parametrize("patch_size", [2, 3, 4])
@@ -94,7 +99,7 @@ def test_patches_of_any_size_give_back_the_grid(inputs, patch_size):
 def test_order_of_prototypes_and_batch_does_not_matter(inputs):
     denoiser = trained(make())
     before = run(denoiser, **inputs)
-    shuffled = inputs | {"local_bank": inputs["local_bank"].flip(0), "global_bank": inputs["global_bank"].roll(2, 0)}
+    shuffled = inputs | {name: inputs[name].roll(2, 0) for name in ("local_bank", "local_places", "global_bank")}
     torch.testing.assert_close(run(denoiser, **shuffled), before, rtol=1e-4, atol=1e-5)
     swapped = inputs | {name: inputs[name].flip(0) for name in ("noisy", "timesteps", "condition")}
     torch.testing.assert_close(run(denoiser, **swapped).flip(0), before, rtol=1e-4, atol=1e-5)
@@ -113,7 +118,7 @@ def test_tokens_know_their_place_and_each_other(inputs):
 def test_without_banks_and_condition(inputs):
     denoiser = trained(make(condition=False, prototype_attention=False))
     before = run(denoiser, **inputs)
-    for name in ("condition", "local_bank", "global_bank"):
+    for name in ("condition", "local_bank", "local_places", "global_bank"):
         torch.testing.assert_close(run(denoiser, **inputs | {name: inputs[name].cos()}), before, rtol=0, atol=0)
     before.sum().backward()
     assert all(parameter.grad is not None for parameter in denoiser.parameters())

@@ -19,42 +19,48 @@ def blobs(n_blobs=6, per_blob=50, dim=8, seed=0):
 
 def test_a_group_is_the_cluster_centres_of_its_tokens():
     points = blobs()
-    prototypes = LocalPrototypes(3, 6, 8)
+    prototypes = LocalPrototypes(3, 6, 8, 2)
     others = prototypes.bank.clone()
-    prototypes.initialise(1, points, generator=torch.Generator().manual_seed(0))
+    places = points[:, :2].sign()
+    prototypes.initialise(1, points, places, torch.Generator().manual_seed(0))
     expected = KMeans(6, n_init=10, random_state=0).fit(points.numpy()).cluster_centers_
     distances = np.linalg.norm(prototypes.bank[6:12].numpy()[:, None] - expected, axis=-1)
     assert sorted(distances.argmin(1)) == list(range(6))
     np.testing.assert_allclose(distances.min(1), 0, atol=1e-3)
     assert torch.equal(prototypes.bank[:6], others[:6]) and torch.equal(prototypes.bank[12:], others[12:])
+    nearest = np.linalg.norm(points.numpy()[:, None] - prototypes.bank[6:12].numpy(), axis=-1).argmin(1)
+    for i in range(6):
+        torch.testing.assert_close(prototypes.places[6 + i], places[nearest == i].mean(0))
+    assert not prototypes.places[:6].any() and not prototypes.places[12:].any()
 
 
 def test_fewer_tokens_than_prototypes():
-    prototypes = LocalPrototypes(1, 8, 2)
+    prototypes = LocalPrototypes(1, 8, 2, 1)
     points = torch.tensor([[0.0, 0.0], [5.0, 0.0], [0.0, 5.0]])
-    prototypes.initialise(0, points, generator=torch.Generator().manual_seed(0))
+    prototypes.initialise(0, points, torch.arange(1.0, 4.0)[:, None], torch.Generator().manual_seed(0))
     assert {tuple(p) for p in prototypes.bank.tolist()} <= {tuple(p) for p in points.tolist()}
+    assert {1.0, 2.0, 3.0} <= set(prototypes.places.flatten().tolist()) <= {0.0, 1.0, 2.0, 3.0}
 
 
 @pytest.mark.parametrize("k", [1, 3])
 def test_condition_is_the_softmax_of_the_nearest_prototypes(k):
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randn(2, 7, 5, generator=generator)
-    prototypes = LocalPrototypes(3, 4, 5, k=k, temperature=0.2)
+    prototypes = LocalPrototypes(3, 4, 5, 16, k=k, temperature=0.2)
     active = torch.tensor([[0, 2], [1, 2]])
     condition, distances, indices = prototypes(tokens, active)
     whole, all_distances, _ = prototypes(tokens, None)
     assert (all_distances <= distances).all() and not torch.equal(whole, condition)
     for i, j in np.ndindex(2, 7):
         token = tokens[i, j].double().numpy()
-        bank = prototypes.active(active)[i].double().numpy()
+        bank = prototypes.active(active)[0][i].double().numpy()
         squared = ((token - bank) ** 2).mean(-1)  # per channel
         nearest = np.argsort(squared)[:k]
         weights = np.exp(-squared[nearest] / 0.2)
         expected = weights @ bank[nearest] / weights.sum()
         np.testing.assert_allclose(condition[i, j].numpy(), expected, atol=1e-5)
         np.testing.assert_allclose(distances[i, j].numpy(), squared.min(), atol=1e-5)
-        assert torch.equal(prototypes.bank[indices[i, j]], prototypes.active(active)[i, nearest[0]])
+        assert torch.equal(prototypes.bank[indices[i, j]], prototypes.active(active)[0][i, nearest[0]])
 
 
 def descriptors(counts=(60, 6, 6), dim=12, seed=0):

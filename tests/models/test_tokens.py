@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy.fft import dctn
 from sklearn.decomposition import PCA
 from sklearn.preprocessing import StandardScaler
 
 from dpdiff.backbones import Backbone
-from dpdiff.tokens import Tokenizer
+from dpdiff.tokens import Tokenizer, places
 
 
 @pytest.fixture(scope="module")
@@ -162,3 +163,9 @@ def test_cosine_distances_are_those_of_the_layers_averaged(backbone):
         expected = expected + (1 - (x * y).sum(-1)) / 3
     np.testing.assert_allclose(tokenizer.cosine_distances(tokens, other).numpy(), expected, atol=1e-5)
     torch.testing.assert_close(tokenizer.cosine_distances(tokens, -tokens), torch.full((3, tokenizer.n_tokens), 2.0))
+
+
+def test_places_of_tokens_are_the_cosine_transform_of_where_they_lie():
+    counts = np.random.default_rng(0).integers(0, 5, (6, 9))
+    found = (torch.tensor(counts).flatten()[:, None] * places((6, 9), 3)).sum(0)
+    np.testing.assert_allclose(found.view(3, 3).numpy(), dctn(counts, type=2)[:3, :3] / 4, atol=1e-4)
