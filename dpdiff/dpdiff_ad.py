@@ -67,7 +67,7 @@ class DPDiffAD(Detector):
         OSError: pretrained weights can't be had.
     """
 
-    TRAINING: ClassVar = {"max_steps": 600, "batch_size": 16, "lr": 2e-3, "weight_decay": 1e-4}
+    TRAINING: ClassVar = {"max_steps": 300, "batch_size": 16, "lr": 2e-3, "weight_decay": 1e-4}
 
     def __init__(
         self,
@@ -83,8 +83,8 @@ class DPDiffAD(Detector):
         n_global: int = 64,
         n_local: int = 256,
         route: int | str = 4,
-        k: int = 3,
-        temperature: float = 0.1,
+        k: int = 8,
+        temperature: float = 0.5,
         dim: int = 192,
         depth: int = 2,
         num_heads: int = 3,

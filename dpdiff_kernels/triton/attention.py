@@ -32,11 +32,13 @@ class Tiles(NamedTuple):
 def pick_tiles(arch: str, itemsize: int, block_e: int, two_softmaxes: bool) -> Tiles:
     """The one table to tune: by architecture, bytes of an element, and channels up to the next power of two."""
     if itemsize == 4:
-        if block_e > 64:
-            return Tiles(Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1))
+        if block_e == 256:
+            return Tiles(Tile(32, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1))
+        if block_e == 128:
+            return Tiles(Tile(32, 16, 8, 1), Tile(32, 16, 8, 1), Tile(16, 32, 8, 1))
         if block_e == 32:  # larger ones spill, though not of 16 or 64 channels
             return Tiles(Tile(64, 32, 8, 2), Tile(16, 32, 4, 1), Tile(16, 32, 4, 1))
-        return Tiles(Tile(64, 32, 8, 2), Tile(32, 32, 4, 1), Tile(32, 32, 8, 1))
+        return Tiles(Tile(64, 32, 8, 2), Tile(32, 32, 8 if block_e == 64 else 4, 1), Tile(32, 32, 8, 1))
     if arch.startswith("gfx"):  # larger ones spill
         return Tiles(Tile(64, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1))
     if block_e <= 64:
@@ -52,12 +54,18 @@ def pick_precision(arch: str) -> str:
     return "ieee" if arch.startswith("gfx") else "bf16x6"
 
 
+def pick_chunk(itemsize: int, block_e: int) -> int:
+    """Channels at a time in products of tokens and prototypes: more of float32 spill, in wide heads."""
+    return 32 if itemsize == 4 and block_e > 64 else block_e
+
+
 class Problem(NamedTuple):
     """What both directions derive from their inputs."""
 
     precision: str
     tiles: Tiles
     block_e: int
+    chunk: int
     folded: bool
     sizes: tuple[int, ...]  # batch, heads, tokens, prototypes of the local and of the global bank
 
@@ -78,6 +86,7 @@ def _problem(query, local_key, global_key, gate, groups) -> Problem:
         "ieee" if query.device.type == "cpu" else pick_precision(arch),  # the interpreter knows no other
         pick_tiles(arch, query.element_size(), block_e, gate is not None),
         block_e,
+        pick_chunk(query.element_size(), block_e),
         shared and groups is None,
         (batch, heads, n_tokens, local_key.shape[-2], 0 if global_key is None else global_key.shape[-2]),
     )
@@ -101,6 +110,7 @@ def _constants(problem: Problem, channels: int, tile: Tile) -> dict:
         "BLOCK_E": problem.block_e,
         "BLOCK_T": tile.tokens,
         "BLOCK_M": tile.prototypes,
+        "CHUNK": problem.chunk,
         "PRECISION": problem.precision,
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,
@@ -316,6 +326,7 @@ def _variant(
     signature |= {name: "fp32" if name.endswith("scale") else "i32" for name in numbers}
     constants = dict.fromkeys(sorted(absent.intersection(names)))
     constants |= {"CHANNELS": block_e, "BLOCK_E": block_e, "BLOCK_T": tile.tokens, "BLOCK_M": tile.prototypes}
-    constants |= flags | {"PRECISION": pick_precision(arch)}
+    chunk = pick_chunk(4 if dtype == "*fp32" else 2, block_e)
+    constants |= flags | {"CHUNK": chunk, "PRECISION": pick_precision(arch)}
     divisible = tuple(name for name in numbers if name[-2:] in ("_b", "_h", "_n", "_m"))
     return Variant(kernel, signature, constants, tile.num_warps, tile.num_stages, divisible)

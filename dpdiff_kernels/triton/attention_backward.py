@@ -9,20 +9,26 @@ With p = w softmax(scale q k^T), w the gate's weight of the bank, and delta = (g
 import triton
 import triton.language as tl
 
-from dpdiff_kernels.triton.attention_forward import load_rows, locate, prototype_rows, store_rows
+from dpdiff_kernels.triton.attention_forward import dot_rows, load_rows, locate, prototype_rows, store_rows
 
 
 @triton.jit
 def query_tile(
-    q, do, dq, start, weight, delta, key, value, k_m, v_m, listed, m, present, exponent_scale,
-    CHANNELS: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
+    q, query, offsets, do, grad_out, grad_offsets, inside, dq, start, weight, delta,
+    key, value, k_m, v_m, listed, m, present, exponent_scale,
+    CHANNELS: tl.constexpr, BLOCK_E: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     rows = prototype_rows(m, listed, present)
     k = load_rows(key, rows * k_m, present, CHANNELS, BLOCK_E)
     v = load_rows(value, rows * v_m, present, CHANNELS, BLOCK_E)
-    scores = tl.dot(q, k.T, input_precision=PRECISION)
+    scores = dot_rows(
+        q, query, offsets, inside, k, key, rows * k_m, present, CHANNELS, BLOCK_E, CHUNK, PRECISION
+    )
     p = tl.exp2(scores * exponent_scale - start[:, None]) * weight[:, None]
-    ds = p * (tl.dot(do, v.T, input_precision=PRECISION) - delta[:, None])
+    slopes = dot_rows(
+        do, grad_out, grad_offsets, inside, v, value, rows * v_m, present, CHANNELS, BLOCK_E, CHUNK, PRECISION
+    )
+    ds = p * (slopes - delta[:, None])
     if present is not None:
         ds = tl.where(present[None, :], ds, 0.0)
     return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
@@ -30,22 +36,23 @@ def query_tile(
 
 @triton.jit
 def query_gradient_of(
-    q, do, dq, start, weight, delta, key, value, k_m, v_m, listed, count, exponent_scale,
-    CHANNELS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr,
+    q, query, offsets, do, grad_out, grad_offsets, inside, dq, start, weight, delta,
+    key, value, k_m, v_m, listed, count, exponent_scale,
+    CHANNELS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adds what a bank of `count` prototypes gives to the gradient of the queries, but for the scale."""
     full = count // BLOCK_M * BLOCK_M
     for first in tl.range(0, full, BLOCK_M):
         m = first + tl.arange(0, BLOCK_M)
         dq = query_tile(
-            q, do, dq, start, weight, delta, key, value, k_m, v_m, listed, m, None, exponent_scale,
-            CHANNELS, BLOCK_E, PRECISION,
+            q, query, offsets, do, grad_out, grad_offsets, inside, dq, start, weight, delta,
+            key, value, k_m, v_m, listed, m, None, exponent_scale, CHANNELS, BLOCK_E, CHUNK, PRECISION,
         )  # fmt: skip
     for first in tl.range(full, count, BLOCK_M, num_stages=1):  # what is left over
         m = first + tl.arange(0, BLOCK_M)
         dq = query_tile(
-            q, do, dq, start, weight, delta, key, value, k_m, v_m, listed, m, m < count, exponent_scale,
-            CHANNELS, BLOCK_E, PRECISION,
+            q, query, offsets, do, grad_out, grad_offsets, inside, dq, start, weight, delta,
+            key, value, k_m, v_m, listed, m, m < count, exponent_scale, CHANNELS, BLOCK_E, CHUNK, PRECISION,
         )  # fmt: skip
     return dq
 
@@ -65,7 +72,7 @@ def query_gradient_kernel(
     d_b, d_h, d_n, q_b, q_h, q_n, lk_b, lk_h, lk_m, lv_b, lv_h, lv_m, gk_b, gk_h, gk_m, gv_b, gv_h, gv_m, o_b, o_h, o_n,
     batch, heads, tokens, local_count, global_count, scale, exponent_scale,
     CHANNELS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr,
-    FOLDED: tl.constexpr, PRECISION: tl.constexpr,
+    FOLDED: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Also writes, for the pass over prototypes, each softmax's weight (the gate's, over the sum of exponentials) and
     delta (S, B, H, N) float32. out, difference and grad_query have the same strides."""
@@ -78,8 +85,10 @@ def query_gradient_kernel(
     inside = t < sequence
     image, n = locate(t, tokens, first_image, FOLDED)
     out_rows = image * o_b + head * o_h + n * o_n
-    q = load_rows(query, image * q_b + head * q_h + n * q_n, inside, CHANNELS, BLOCK_E)
-    do = load_rows(grad_out, image * d_b + head * d_h + n * d_n, inside, CHANNELS, BLOCK_E)
+    offsets = image * q_b + head * q_h + n * q_n
+    grad_offsets = image * d_b + head * d_h + n * d_n
+    q = load_rows(query, offsets, inside, CHANNELS, BLOCK_E)
+    do = load_rows(grad_out, grad_offsets, inside, CHANNELS, BLOCK_E)
 
     bank_image = 0 if FOLDED else (instance // heads).to(tl.int64)
     local_key += bank_image * lk_b + head * lk_h
@@ -111,8 +120,9 @@ def query_gradient_kernel(
 
     dq = tl.zeros([BLOCK_T, BLOCK_E], tl.float32)
     dq = query_gradient_of(
-        q, do, dq, start, weight, delta, local_key, local_value, lk_m, lv_m, listed, local_count, exponent_scale,
-        CHANNELS, BLOCK_E, BLOCK_M, PRECISION,
+        q, query, offsets, do, grad_out, grad_offsets, inside, dq, start, weight, delta,
+        local_key, local_value, lk_m, lv_m, listed, local_count, exponent_scale,
+        CHANNELS, BLOCK_E, BLOCK_M, CHUNK, PRECISION,
     )  # fmt: skip
     if gate is not None:
         flat += (tl.zeros([], tl.int64) + batch) * heads * tokens  # of the second softmax
@@ -123,8 +133,9 @@ def query_gradient_kernel(
         tl.store(deltas + flat, delta, mask=inside)
     if global_key is not None:
         dq = query_gradient_of(
-            q, do, dq, start, weight, delta, global_key, global_value, gk_m, gv_m, None, global_count, exponent_scale,
-            CHANNELS, BLOCK_E, BLOCK_M, PRECISION,
+            q, query, offsets, do, grad_out, grad_offsets, inside, dq, start, weight, delta,
+            global_key, global_value, gk_m, gv_m, None, global_count, exponent_scale,
+            CHANNELS, BLOCK_E, BLOCK_M, CHUNK, PRECISION,
         )  # fmt: skip
     store_rows(grad_query, out_rows, dq * scale, inside, CHANNELS, BLOCK_E)
 
@@ -135,7 +146,7 @@ def bank_gradient_kernel(
     d_b, d_h, d_n, q_b, q_h, q_n, k_b, k_h, k_m, v_b, v_h, v_m, g_b, g_h, g_m, g_part,
     batch, heads, tokens, count, parts, scale, exponent_scale,
     CHANNELS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr,
-    SHARED: tl.constexpr, PRECISION: tl.constexpr,
+    SHARED: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one bank. A program owns a tile of prototypes, those of one head (of one image where the bank isn't
     shared), and takes a part of the tokens.
@@ -161,8 +172,10 @@ def bank_gradient_kernel(
     m = first + tl.arange(0, BLOCK_M)
     present = m < count
     rows = prototype_rows(m, listed, present)
-    k = load_rows(key + first_image * k_b + head * k_h, rows * k_m, present, CHANNELS, BLOCK_E)
-    v = load_rows(value + first_image * v_b + head * v_h, rows * v_m, present, CHANNELS, BLOCK_E)
+    key += first_image * k_b + head * k_h
+    value += first_image * v_b + head * v_h
+    k = load_rows(key, rows * k_m, present, CHANNELS, BLOCK_E)
+    v = load_rows(value, rows * v_m, present, CHANNELS, BLOCK_E)
 
     # One sequence: all images' tokens, one image's, or, where images use different prototypes, one for each image.
     FOLDED: tl.constexpr = SHARED and mask is None
@@ -182,19 +195,26 @@ def bank_gradient_kernel(
             t = t0 + tl.arange(0, BLOCK_T)
             inside = t < end
             image, n = locate(t, tokens, sequence_image, FOLDED)
-            q = load_rows(query, image * q_b + head * q_h + n * q_n, inside, CHANNELS, BLOCK_E)
-            do = load_rows(grad_out, image * d_b + head * d_h + n * d_n, inside, CHANNELS, BLOCK_E)
+            offsets = image * q_b + head * q_h + n * q_n
+            grad_offsets = image * d_b + head * d_h + n * d_n
+            q = load_rows(query, offsets, inside, CHANNELS, BLOCK_E)
+            do = load_rows(grad_out, grad_offsets, inside, CHANNELS, BLOCK_E)
             flat = (image * heads + head) * tokens + n
             start = tl.load(reference + flat, mask=inside, other=0.0)
             start = tl.where(start == float("-inf"), 0.0, start)
             weight = tl.load(weights + flat, mask=inside, other=0.0)
             delta = tl.load(deltas + flat, mask=inside, other=0.0)
-            scores = tl.dot(k, q.T, input_precision=PRECISION)
+            scores = dot_rows(
+                k, key, rows * k_m, present, q, query, offsets, inside, CHANNELS, BLOCK_E, CHUNK, PRECISION
+            )
             p = tl.exp2(scores * exponent_scale - start[None, :]) * weight[None, :]
             if mask is not None:
                 p = tl.where(used[:, None], p, 0.0)
             dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
-            ds = p * (tl.dot(v, do.T, input_precision=PRECISION) - delta[None, :])
+            slopes = dot_rows(
+                v, value, rows * v_m, present, do, grad_out, grad_offsets, inside, CHANNELS, BLOCK_E, CHUNK, PRECISION
+            )
+            ds = p * (slopes - delta[None, :])
             if mask is not None:
                 ds = tl.where(used[:, None], ds, 0.0)
             dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)

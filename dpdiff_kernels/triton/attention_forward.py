@@ -18,9 +18,12 @@ def locate(t, tokens, image, FOLDED: tl.constexpr):
 
 
 @triton.jit
-def load_rows(rows, offsets, present, CHANNELS: tl.constexpr, BLOCK_E: tl.constexpr):
-    """Rows of CHANNELS at the given offsets, zeros after them and in rows that are not present (None: all are)."""
-    e = tl.arange(0, BLOCK_E)
+def load_rows(
+    rows, offsets, present, CHANNELS: tl.constexpr, BLOCK_E: tl.constexpr, first=0, WIDTH: tl.constexpr = None
+):
+    """Rows of CHANNELS at the given offsets, zeros after them and in rows that are not present (None: all are); from
+    the channel `first` on WIDTH of BLOCK_E channels, or all."""
+    e = first + tl.arange(0, BLOCK_E if WIDTH is None else WIDTH)
     at = rows + offsets[:, None] + e[None, :]
     if present is None and CHANNELS == BLOCK_E:
         return tl.load(at)
@@ -40,6 +43,24 @@ def store_rows(rows, offsets, values, present, CHANNELS: tl.constexpr, BLOCK_E: 
 
 
 @triton.jit
+def dot_rows(
+    x, x_rows, x_offsets, x_present, y, y_rows, y_offsets, y_present,
+    CHANNELS: tl.constexpr, BLOCK_E: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """x y^T, of rows that were loaded from there. Where many channels of float32, three bfloat16s each, would fill the
+    registers, they are read again, a CHUNK of channels at a time."""
+    if CHUNK == BLOCK_E:
+        return tl.dot(x, y.T, input_precision=PRECISION)
+    else:
+        products = tl.zeros([x.shape[0], y.shape[0]], tl.float32)
+        for first in tl.range(0, BLOCK_E, CHUNK, num_stages=1):
+            x_chunk = load_rows(x_rows, x_offsets, x_present, CHANNELS, BLOCK_E, first, CHUNK)
+            y_chunk = load_rows(y_rows, y_offsets, y_present, CHANNELS, BLOCK_E, first, CHUNK)
+            products = tl.dot(x_chunk, y_chunk.T, products, input_precision=PRECISION)
+        return products
+
+
+@triton.jit
 def prototype_rows(m, listed, present):
     """Where the prototypes at places m of a list are in their bank; without a list, they are there already."""
     if listed is None:
@@ -52,13 +73,15 @@ def prototype_rows(m, listed, present):
 
 @triton.jit
 def attend_tile(
-    q, best, total, answer, key, value, k_m, v_m, listed, m, present, scale,
-    CHANNELS: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
+    q, query, offsets, inside, best, total, answer, key, value, k_m, v_m, listed, m, present, scale,
+    CHANNELS: tl.constexpr, BLOCK_E: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     rows = prototype_rows(m, listed, present)
     k = load_rows(key, rows * k_m, present, CHANNELS, BLOCK_E)
     v = load_rows(value, rows * v_m, present, CHANNELS, BLOCK_E)
-    scores = tl.dot(q, k.T, input_precision=PRECISION)
+    scores = dot_rows(
+        q, query, offsets, inside, k, key, rows * k_m, present, CHANNELS, BLOCK_E, CHUNK, PRECISION
+    )
     if present is not None:
         scores = tl.where(present[None, :], scores, float("-inf"))
     raised = tl.maximum(best, tl.max(scores, 1) * scale)
@@ -74,21 +97,23 @@ def attend_tile(
 
 @triton.jit
 def attend(
-    q, best, total, answer, key, value, k_m, v_m, listed, count, scale,
-    CHANNELS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr,
+    q, query, offsets, inside, best, total, answer, key, value, k_m, v_m, listed, count, scale,
+    CHANNELS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adds a bank of `count` prototypes to the running maximum, sum of weights and weighted sum of values."""
     full = count // BLOCK_M * BLOCK_M
     for first in tl.range(0, full, BLOCK_M):
         m = first + tl.arange(0, BLOCK_M)
         best, total, answer = attend_tile(
-            q, best, total, answer, key, value, k_m, v_m, listed, m, None, scale, CHANNELS, BLOCK_E, PRECISION
-        )
+            q, query, offsets, inside, best, total, answer, key, value, k_m, v_m, listed, m, None, scale,
+            CHANNELS, BLOCK_E, CHUNK, PRECISION,
+        )  # fmt: skip
     for first in tl.range(full, count, BLOCK_M, num_stages=1):  # what is left over
         m = first + tl.arange(0, BLOCK_M)
         best, total, answer = attend_tile(
-            q, best, total, answer, key, value, k_m, v_m, listed, m, m < count, scale, CHANNELS, BLOCK_E, PRECISION
-        )
+            q, query, offsets, inside, best, total, answer, key, value, k_m, v_m, listed, m, m < count, scale,
+            CHANNELS, BLOCK_E, CHUNK, PRECISION,
+        )  # fmt: skip
     return best, total, answer
 
 
@@ -98,7 +123,7 @@ def forward_kernel(
     q_b, q_h, q_n, lk_b, lk_h, lk_m, lv_b, lv_h, lv_m, gk_b, gk_h, gk_m, gv_b, gv_h, gv_m, o_b, o_h, o_n,
     batch, heads, tokens, local_count, global_count, scale,
     CHANNELS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr,
-    FOLDED: tl.constexpr, PRECISION: tl.constexpr,
+    FOLDED: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """lists, counts: with routes, each image's local prototypes. reference: of each softmax, scaled; where it is None,
     nothing is saved for a backward pass. difference has the strides of `out`; None without a gate."""
@@ -110,7 +135,8 @@ def forward_kernel(
     t = tl.program_id(0) % tiles * BLOCK_T + tl.arange(0, BLOCK_T)
     inside = t < sequence
     image, n = locate(t, tokens, first_image, FOLDED)
-    q = load_rows(query, image * q_b + head * q_h + n * q_n, inside, CHANNELS, BLOCK_E)
+    offsets = image * q_b + head * q_h + n * q_n
+    q = load_rows(query, offsets, inside, CHANNELS, BLOCK_E)
 
     bank_image = 0 if FOLDED else (instance // heads).to(tl.int64)
     local_key += bank_image * lk_b + head * lk_h
@@ -127,8 +153,8 @@ def forward_kernel(
     sums = tl.zeros([BLOCK_T], tl.float32)
     answer = tl.zeros([BLOCK_T, BLOCK_E], tl.float32)
     best, sums, answer = attend(
-        q, best, sums, answer, local_key, local_value, lk_m, lv_m, listed, local_count, scale,
-        CHANNELS, BLOCK_E, BLOCK_M, PRECISION,
+        q, query, offsets, inside, best, sums, answer, local_key, local_value, lk_m, lv_m, listed, local_count,
+        scale, CHANNELS, BLOCK_E, BLOCK_M, CHUNK, PRECISION,
     )  # fmt: skip
     flat = (image * heads + head) * tokens + n
     out_rows = image * o_b + head * o_h + n * o_n
@@ -146,8 +172,8 @@ def forward_kernel(
         answer = tl.zeros([BLOCK_T, BLOCK_E], tl.float32)
     if global_key is not None:
         best, sums, answer = attend(
-            q, best, sums, answer, global_key, global_value, gk_m, gv_m, None, global_count, scale,
-            CHANNELS, BLOCK_E, BLOCK_M, PRECISION,
+            q, query, offsets, inside, best, sums, answer, global_key, global_value, gk_m, gv_m, None, global_count,
+            scale, CHANNELS, BLOCK_E, BLOCK_M, CHUNK, PRECISION,
         )  # fmt: skip
     answer = answer * (1.0 / sums)[:, None]
     if gate is not None:

@@ -64,7 +64,7 @@ def settle_warps(arch: str) -> int:
 
 
 def _gradients_tile(slots: int) -> dict[str, int]:
-    return dict(BN=8, BD=128 if slots <= 8 else 64)
+    return dict(BN=8 if slots <= 16 else 4, BD=128 if slots <= 2 else 64)  # larger ones spill
 
 
 # -------------------------------------------------------------------------------------------------------------- search
