@@ -73,7 +73,7 @@ def model(
 @bench.command()
 def scaling(
     categories: Annotated[str, typer.Option(metavar="N,N,...", help="How many.")] = "10,20,40,80,160,320,1600",
-    steps: Annotated[int, typer.Option(metavar="N", min=1, help="Of training.")] = 600,
+    steps: Annotated[int, typer.Option(metavar="N", min=1, help="Of training.")] = 300,
     trained_up_to: Annotated[
         int, typer.Option(metavar="N", min=0, help="Train and evaluate up to N categories; of more, rates alone.")
     ] = 160,

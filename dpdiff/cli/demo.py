@@ -17,7 +17,7 @@ def demo(
         "demo"
     ),
     categories: Annotated[int, typer.Option(min=1, help="Product categories to render.")] = 12,
-    steps: Annotated[int, typer.Option(min=1, help="Steps of training.")] = 600,
+    steps: Annotated[int | None, typer.Option(min=1, help="Of training; the model's own by default.")] = None,
     resume: Annotated[bool, typer.Option(help="Keep a model that is there, or go on from its checkpoint.")] = True,
 ) -> None:
     """Render products, train DPDiff-AD on them with ImageNet features, and show what it finds.

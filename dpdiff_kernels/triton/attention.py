@@ -36,9 +36,13 @@ def pick_tiles(arch: str, itemsize: int, block_e: int, two_softmaxes: bool) -> T
             return Tiles(Tile(32, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1))
         if block_e == 128:
             return Tiles(Tile(32, 16, 8, 1), Tile(32, 16, 8, 1), Tile(16, 32, 8, 1))
+        forward = Tile(64, 32, 8, 2)
+        if arch == "sm_80" and block_e != 32:
+            forward = Tile(128, 32, 8, 2) if block_e == 16 else Tile(32, 32, 4, 2)
         if block_e == 32:  # larger ones spill, though not of 16 or 64 channels
-            return Tiles(Tile(64, 32, 8, 2), Tile(16, 32, 4, 1), Tile(16, 32, 4, 1))
-        return Tiles(Tile(64, 32, 8, 2), Tile(32, 32, 8 if block_e == 64 else 4, 1), Tile(32, 32, 8, 1))
+            return Tiles(forward, Tile(16, 32, 4, 1), Tile(16, 32, 4, 1))
+        bank_gradient = Tile(32, 32, 4 if arch.startswith("gfx") else 8, 1)
+        return Tiles(forward, Tile(32, 32, 8 if block_e == 64 else 4, 1), bank_gradient)
     if arch.startswith("gfx"):  # larger ones spill
         return Tiles(Tile(64, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1))
     if block_e <= 64:
