@@ -193,6 +193,19 @@ def test_local_prototypes_of_a_group_are_those_of_its_images(tiny, images):
         assert right < 0.8 * wrong
 
 
+def test_local_prototypes_know_on_which_side_they_are_normal(tiny, images):
+    """Noise on the left, stripes on the right: the first cosine along the width is positive on the left."""
+    split = images.clone()
+    noise = torch.rand(split.shape, generator=torch.Generator().manual_seed(0))
+    split[..., :32] = noise[..., :32]
+    model = prepared(tiny(n_global=1, route="all"), split)
+    tokens = model.tokenize(split)
+    nearest = model.local_prototypes(tokens, None)[2].unflatten(1, model.tokenizer.grid)
+    places = model.local_prototypes.places
+    assert (places[nearest[..., 0], 1] > 0.3).float().mean() > 0.8
+    assert (places[nearest[..., -1], 1] < -0.3).float().mean() > 0.8
+
+
 def test_fewer_images_than_global_prototypes(tiny, images):
     out = prepared(tiny(n_global=8), images[:3]).predict(images)
     assert out.scores.isfinite().all() and out.maps.isfinite().all()
