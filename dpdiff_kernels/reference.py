@@ -4,7 +4,7 @@ Batch dimensions are flattened by the public functions before they get here, and
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -416,11 +416,15 @@ def envelope_gradients(
     eps: float,
     tau_a: float | None,
     tau_b: float | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of cost, a and b from that of value, where the potentials are optimal."""
-    grad_a = grad[:, None] * _marginal_gradient(f, b.sum(-1), eps, tau_a)
-    grad_b = grad[:, None] * _marginal_gradient(g, a.sum(-1), eps, tau_b)
-    return grad[:, None, None] * plan, grad_a, grad_b
+    needed: Sequence[bool],
+) -> list[Tensor | None]:
+    """The gradients of cost, a and b from that of value, where the potentials are optimal; None where not needed."""
+    gradients = (
+        lambda: grad[:, None, None] * plan,
+        lambda: grad[:, None] * _marginal_gradient(f, b.sum(-1), eps, tau_a),
+        lambda: grad[:, None] * _marginal_gradient(g, a.sum(-1), eps, tau_b),
+    )
+    return [gradient() if need else None for gradient, need in zip(gradients, needed)]
 
 
 class _Envelope(torch.autograd.Function):
@@ -435,7 +439,8 @@ class _Envelope(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return *envelope_gradients(grad, *ctx.saved_tensors, *ctx.options), None, None, None, None, None, None
+        direct = envelope_gradients(grad, *ctx.saved_tensors, *ctx.options, ctx.needs_input_grad[:3])
+        return *direct, *[None] * 6
 
 
 def points_envelope_gradients(

@@ -305,7 +305,8 @@ def _like(*tensors):
 
 
 def _sums(grads, others):
-    return [other if grad is None else grad + other for grad, other in zip(grads, others)]
+    """Of pairs, either of which may be None."""
+    return [b if a is None else a if b is None else a + b for a, b in zip(grads, others)]
 
 
 def _not_twice(ctx, *grads):
@@ -333,7 +334,9 @@ def _register(namespace: str) -> None:
         if any(grad is not None for grad in given):
             grads = ops.sinkhorn_backward(cost, a, b, used, *given, eps, n_iters, tau_a, tau_b)
         if of_value is not None:
-            grads = _sums(grads, reference.envelope_gradients(of_value, a, b, f, g, plan, eps, tau_a, tau_b))
+            needed = ctx.needs_input_grad[:3]
+            direct = reference.envelope_gradients(of_value, a, b, f, g, plan, eps, tau_a, tau_b, needed)
+            grads = _sums(grads, direct)
         return *grads, *[None] * 6
 
     def save_points(ctx, inputs, output):
