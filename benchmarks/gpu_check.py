@@ -72,14 +72,15 @@ def triton_modules() -> list[str]:
 
 
 def triton_jobs(modules: Sequence[str], archs: Sequence[str], sample: int | None) -> Iterator[tuple[str, str, int]]:
-    """Module, architecture and place in `variants(arch)`; of each kernel `sample`, evenly spread, or all."""
+    """Module, architecture and place in `variants(arch)`; of each kernel all, or `sample`, evenly spread back from the
+    last, which is the widest."""
     for module, arch in itertools.product(modules, archs):
         places: dict[str, list[int]] = {}
         for place, variant in enumerate(importlib.import_module(module).variants(arch)):
             places.setdefault(_name(variant), []).append(place)
         for found in places.values():
             n = len(found) if sample is None else min(sample, len(found))
-            yield from ((module, arch, found[i * len(found) // n]) for i in range(n))
+            yield from ((module, arch, found[-1 - i * len(found) // n]) for i in range(n))
 
 
 def compile_triton(job: tuple[str, str, int]) -> Report:

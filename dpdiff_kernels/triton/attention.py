@@ -43,6 +43,12 @@ def pick_tiles(arch: str, itemsize: int, block_e: int, two_softmaxes: bool) -> T
             return Tiles(forward, Tile(16, 32, 4, 1), Tile(16, 32, 4, 1))
         bank_gradient = Tile(32, 32, 4 if arch.startswith("gfx") else 8, 1)
         return Tiles(forward, Tile(32, 32, 8 if block_e == 64 else 4, 1), bank_gradient)
+    if arch == "sm_80" and block_e > 16:  # without Hopper's products of four warps, larger ones spill
+        if block_e <= 64:
+            return Tiles(Tile(128, 64, block_e // 8, 3), Tile(64, 32, 4, 2), Tile(32, 32, 4, 2))
+        if block_e == 128:
+            return Tiles(Tile(64, 64, 8, 3), Tile(64, 64, 8, 2), Tile(32, 32, 8, 2))
+        return Tiles(Tile(32, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 16, 8, 2))
     if arch.startswith("gfx"):  # larger ones spill
         return Tiles(Tile(64, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1))
     if block_e <= 64:

@@ -43,8 +43,8 @@ def run(*arguments: str, path: Path = ROOT) -> subprocess.CompletedProcess:
 
 @pytest.mark.timeout(600)
 def test_a_sample_of_every_kernel_compiles_within_the_limits():
-    """All variants: `make gpu-check`, which takes minutes."""
-    done = run("--sample", "1")
+    """All variants: `make gpu-check`, which takes the better part of an hour."""
+    done = run("--sample", "2")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "0 at fault" in done.stdout
     for module in (ROOT / "dpdiff_kernels" / "triton").glob("*.py"):
