@@ -95,7 +95,7 @@ class Denoiser(nn.Module):
 class DenoiserBlock(nn.Module):
     """Self-attention, prototype attention and an MLP; the timestep shifts, scales and gates each (adaLN-zero).
 
-    Gates of self-attention and MLP start at zero.
+    The gates of self-attention and MLP start at zero, that of prototype attention at one.
     """
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float, prototype_attention: bool) -> None:

@@ -149,8 +149,8 @@ class DPDiffAD(Detector):
         sizes = group.bincount(minlength=n_global)
         # A group that got no image learns from the one that is nearest to it.
         empty = (sizes == 0).nonzero().flatten()
-        nearest = (F.normalize(descriptors, dim=-1) @ self.global_prototypes.bank[empty].T).argmax(0)
-        spare = dict(zip(empty.tolist(), nearest.tolist()))
+        similarities = F.normalize(descriptors, dim=-1) @ self.global_prototypes.bank[empty].T
+        spare = dict(zip(empty.tolist(), similarities.argmax(0).tolist()))
         quota = (_INITIAL_TOKENS // n_global) // sizes.clamp(1)  # tokens of an image
         some: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(n_global)]
         images = (image for maps in batches() for image in self.encode(maps))
@@ -160,8 +160,7 @@ class DPDiffAD(Detector):
                 chosen = order[: quota[g]]
                 some[g].append((image[chosen], self.places[chosen]))
         for g, parts in enumerate(some):
-            tokens, places = map(torch.cat, zip(*parts))
-            self.local_prototypes.initialise(g, tokens, places, generator)
+            self.local_prototypes.initialise(g, *map(torch.cat, zip(*parts)), generator)
 
     def losses(self, tokens: Tensor, draws: Draws | None = None) -> dict[str, Tensor]:
         """Training losses of clean tokens (B, N, D): "loss", what to minimise, and its parts, all scalars.
