@@ -9,6 +9,7 @@ inputs are random: the time doesn't depend on them.
 import pytest
 import torch
 
+from benchmarks.contenders import contenders
 from benchmarks.training_step import training_step
 from dpdiff import DLSR
 
@@ -25,7 +26,7 @@ def vectors(model: DLSR, n: int) -> torch.Tensor:
     return torch.randn(n, len(model.mean), generator=torch.Generator().manual_seed(0)).to(model.mean.device)
 
 
-@pytest.mark.parametrize("contender", ["dpdiff", "backbone"])
+@contenders(backends=(), yardsticks=["backbone"])
 @pytest.mark.parametrize("batch", [1, 16])
 def test_share_of_scoring(measure, model, device, batch, contender):
     """`predict` without its backbone, and the backbone."""
