@@ -162,7 +162,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--categories", type=int, nargs="+", default=CATEGORIES, metavar="N")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--steps", type=int, default=300, help="of training (default: %(default)s)")
+    steps = DPDiffAD.TRAINING["max_steps"]
+    parser.add_argument("--steps", type=int, default=steps, help="of training (default: %(default)s)")
     parser.add_argument(
         "--trained-up-to", type=int, default=160, metavar="N", help="0 for rates alone (default: %(default)s)"
     )

@@ -73,7 +73,9 @@ def model(
 @bench.command()
 def scaling(
     categories: Annotated[str, typer.Option(metavar="N,N,...", help="How many.")] = "10,20,40,80,160,320,1600",
-    steps: Annotated[int, typer.Option(metavar="N", min=1, help="Of training.")] = 300,
+    steps: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Of training; the model's own by default.")
+    ] = None,
     trained_up_to: Annotated[
         int, typer.Option(metavar="N", min=0, help="Train and evaluate up to N categories; of more, rates alone.")
     ] = 160,
@@ -89,7 +91,8 @@ def scaling(
         raise ValueError(f"--categories is {categories!r}: expected positive numbers, 10,160")
     if json is not None:
         check_writable(json, "--json", folder=False)
-    command = [sys.executable, "-m", "benchmarks.scaling", "--categories", *numbers, "--steps", str(steps)]
+    command = [sys.executable, "-m", "benchmarks.scaling", "--categories", *numbers]
+    command += [] if steps is None else ["--steps", str(steps)]
     command += ["--trained-up-to", str(trained_up_to)]
     command += [] if json is None else ["--json", str(json.absolute())]
     command += [] if plot is None else ["--plot", str(plot.absolute())]
