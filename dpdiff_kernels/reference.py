@@ -456,18 +456,24 @@ def points_envelope_gradients(
     tau_a: float | None,
     tau_b: float | None,
     metric: str,
-) -> tuple[Tensor, ...]:
-    """The gradients of x, y, a and b, where apply is that of the plan."""
+    needed: Sequence[bool],
+) -> list[Tensor | None]:
+    """The gradients of x, y, a and b, where apply is that of the plan; None where not needed."""
     h_x, h_y = log_weighted(f, a, eps), log_weighted(g, b, eps)
-    grads = []
-    for p, q, h_p, h_q in ((x, y, h_x, h_y), (y, x, h_y, h_x)):
+
+    def of_points(p: Tensor, q: Tensor, h_p: Tensor, h_q: Tensor) -> Tensor:
         # sum_j plan_ij and sum_j plan_ij q_j in one pass
         moments = apply(p, q, h_p, h_q, torch.cat([torch.ones_like(q[..., :1]), q], -1), eps, metric)
         pulled = -moments[..., 1:] if metric == "cosine" else 2 * (moments[..., :1] * p - moments[..., 1:])
-        grads.append(grad[:, None, None] * pulled)
-    grads.append(grad[:, None] * _marginal_gradient(f, b.sum(-1), eps, tau_a))
-    grads.append(grad[:, None] * _marginal_gradient(g, a.sum(-1), eps, tau_b))
-    return tuple(grads)
+        return grad[:, None, None] * pulled
+
+    gradients = (
+        lambda: of_points(x, y, h_x, h_y),
+        lambda: of_points(y, x, h_y, h_x),
+        lambda: grad[:, None] * _marginal_gradient(f, b.sum(-1), eps, tau_a),
+        lambda: grad[:, None] * _marginal_gradient(g, a.sum(-1), eps, tau_b),
+    )
+    return [gradient() if need else None for gradient, need in zip(gradients, needed)]
 
 
 class _PointsEnvelope(torch.autograd.Function):
@@ -481,5 +487,7 @@ class _PointsEnvelope(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        grads = points_envelope_gradients(_apply_points, grad, *ctx.saved_tensors, *ctx.options)
+        grads = points_envelope_gradients(
+            _apply_points, grad, *ctx.saved_tensors, *ctx.options, ctx.needs_input_grad[:4]
+        )
         return *grads, None, None, None, None, None, None, None

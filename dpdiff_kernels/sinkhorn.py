@@ -355,8 +355,9 @@ def _register(namespace: str) -> None:
             grads = ops.sinkhorn_points_backward(x, y, a, b, used, *given, eps, n_iters, tau_a, tau_b, metric)
         if of_value is not None:
             problem = x, y, a, b, f, g, eps, tau_a, tau_b, metric
-            direct = reference.points_envelope_gradients(ops.sinkhorn_apply, of_value, *problem)
-            grads = _sums(grads, (grad.to(x.dtype) for grad in direct))
+            needed = ctx.needs_input_grad[:4]
+            direct = reference.points_envelope_gradients(ops.sinkhorn_apply, of_value, *problem, needed)
+            grads = _sums(grads, (None if grad is None else grad.to(x.dtype) for grad in direct))
         return *grads, *[None] * 6
 
     def save_apply(ctx, inputs, output):
