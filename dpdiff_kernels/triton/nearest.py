@@ -41,6 +41,8 @@ def screen_tile(arch: str, n_prototypes: int, slots: int) -> Tile:
     if arch == "sm_90":
         return Tile(tokens, prototypes, 64, 8 if tokens == 128 else 4, 3)
     if arch == "sm_80":
+        if tokens > prototypes:
+            return Tile(tokens, prototypes, 64, 8, 3)  # with 32 channels it spills
         return Tile(tokens, prototypes, 32, 8 if tokens == 128 else 4, 4)
     return Tile(tokens, prototypes, 32, 8 if tokens == 128 else 4, 2)
 
@@ -61,6 +63,11 @@ SUMS_TILE = dict(R=32, BD=64)
 def settle_warps(arch: str) -> int:
     """Where neither spills."""
     return 8 if arch == "sm_90" else 4
+
+
+def sums_warps(arch: str) -> int:
+    """As above."""
+    return 8 if arch == "sm_80" else 4
 
 
 def _gradients_tile(slots: int) -> dict[str, int]:
@@ -246,6 +253,7 @@ def nearest_backward(
                 order, starts, tokens, scales, factors, grad_values_, weights_, owns, prototypes, norms,
                 grad_prototypes, norms, d, k,
                 GRADIENT=True, METRIC=metric, WEIGHTED=True, WITH_VALUES=with_values, **SUMS_TILE,
+                num_warps=sums_warps(arch_of(tokens.device)),
             )  # fmt: skip
     return grad_tokens, grad_prototypes
 
@@ -265,6 +273,7 @@ def prototype_statistics(
             launch(member_sums_kernel)[(n_prototypes * triton.cdiv(d, SUMS_TILE["BD"]),)](
                 order, starts, tokens, unused, weights_, tokens, unused, unused, prototypes, counts, sums, counts, d, 1,
                 GRADIENT=False, METRIC=metric, WEIGHTED=weights is not None, WITH_VALUES=False, **SUMS_TILE,
+                num_warps=sums_warps(arch_of(tokens.device)),
             )  # fmt: skip
     if not with_inertia:
         return counts.float(), sums, sums.new_zeros(())
@@ -321,4 +330,4 @@ def variants(arch: str) -> Iterator[Variant]:
                 flags = dict(METRIC=metric, SHARED=False, WITH_VALUES=True, WITH_SCORES=True, OF_TOKENS=True)
                 yield variant(token_gradients_kernel, operand, flags | dict(SLOTS=slots) | _gradients_tile(slots))
             flags = dict(GRADIENT=True, METRIC=metric, WEIGHTED=True, WITH_VALUES=True)
-            yield variant(member_sums_kernel, operand, flags | SUMS_TILE)
+            yield variant(member_sums_kernel, operand, flags | SUMS_TILE, num_warps=sums_warps(arch))
