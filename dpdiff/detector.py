@@ -11,7 +11,11 @@ from torchvision.transforms.v2 import functional as TF
 
 from dpdiff.draws import Draws
 
+_ENOUGH_IMAGES = 8_000  # for statistics
 _ROUNDING = 1e-3  # by which resizing or half precision may take pixels out of [0, 1]
+
+# From the numbers of training images to what a model's `reduce` gave for these, a few images at a time.
+BatchesOf = Callable[[Sequence[int]], Iterable[list[Tensor]]]
 
 
 class Prediction(NamedTuple):
@@ -58,10 +62,8 @@ class Detector(nn.Module):
         """What `reduce` gave -> the features (B, ...) that are noised and reconstructed."""
         raise NotImplementedError
 
-    def initialise(
-        self, batches: Callable[[], Iterable[list[Tensor]]], n_images: int, generator: torch.Generator
-    ) -> None:
-        """Sets what is computed rather than learnt; `batches()` goes through what `reduce` gave for `n_images`."""
+    def initialise(self, batches: BatchesOf, n_images: int, generator: torch.Generator) -> None:
+        """Sets what is computed rather than learnt, from the images numbered from 0 to `n_images`."""
 
     def between_steps(self, step: int, features: Tensor, epoch_steps: int, average: nn.Module) -> None:
         """Before step `step`, on features (B, ...). `epoch_steps` go through all images once, or are a tenth of
@@ -78,6 +80,12 @@ class Detector(nn.Module):
     def _resize(self, images: Tensor) -> Tensor:
         size = [self.image_size, self.image_size]
         return images if list(images.shape[-2:]) == size else TF.resize(images, size, antialias=True)
+
+
+def spread(n_images: int) -> Sequence[int]:
+    """The numbers of at most 8,000 of the images, evenly spread."""
+    n = min(_ENOUGH_IMAGES, n_images)
+    return [i * n_images // n for i in range(n)]
 
 
 def check_images(images: Tensor) -> None:

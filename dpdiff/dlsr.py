@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dpdiff.backbones import DEFAULT_BACKBONE, Backbone
 from dpdiff.denoiser import TimestepEmbedding
-from dpdiff.detector import Detector, Prediction, check_images
+from dpdiff.detector import BatchesOf, Detector, Prediction, check_images, spread
 from dpdiff.diffusion import Diffusion
 from dpdiff.draws import Draws
 
@@ -108,11 +108,9 @@ class DLSR(Detector):
         return torch.cat([F.layer_norm(part, part.shape[1:], eps=_EPS) for part in parts], 1)
 
     @torch.no_grad()
-    def initialise(
-        self, batches: Callable[[], Iterable[list[Tensor]]], n_images: int, generator: torch.Generator
-    ) -> None:
+    def initialise(self, batches: BatchesOf, n_images: int, generator: torch.Generator) -> None:
         """Sets mean and scale over the training images."""
-        x = torch.cat([self._normalise(reduced) for reduced in batches()]).to(self.mean.device)
+        x = torch.cat([self._normalise(reduced) for reduced in batches(spread(n_images))]).to(self.mean.device)
         self.mean.copy_(x.mean(0))
         self.scale.copy_(x.std(0, correction=0).clamp_min(_LEAST_SCALE))
 

@@ -1,6 +1,7 @@
 """DPDiff-AD: dual-prototype-conditioned diffusion for multi-class anomaly detection."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
+from itertools import chain, islice
 from typing import Any, ClassVar
 
 import torch
@@ -11,13 +12,13 @@ from torchvision.transforms.v2 import functional as TF
 from dpdiff.backbones import DEFAULT_BACKBONE, Backbone
 from dpdiff.calibration import NormalErrors
 from dpdiff.denoiser import Denoiser
-from dpdiff.detector import Detector, Prediction, check_images
+from dpdiff.detector import BatchesOf, Detector, Prediction, check_images, spread
 from dpdiff.diffusion import Diffusion
 from dpdiff.draws import Draws
 from dpdiff.prototypes import GlobalPrototypes, LocalPrototypes
 from dpdiff.tokens import Tokenizer, places
 
-_INITIAL_TOKENS = 1_000_000  # on which k-means of all local prototypes runs
+_TOKENS_PER_PROTOTYPE = 256  # on which k-means of local prototypes runs, at most
 _IMAGES_PER_PROTOTYPE = 16
 _MAP_REDUCTION = 2  # anomaly maps are blurred and scored at half the image's side
 
@@ -138,29 +139,25 @@ class DPDiffAD(Detector):
         return self.tokenizer(reduced)
 
     @torch.no_grad()
-    def initialise(
-        self, batches: Callable[[], Iterable[list[Tensor]]], n_images: int, generator: torch.Generator
-    ) -> None:
+    def initialise(self, batches: BatchesOf, n_images: int, generator: torch.Generator) -> None:
         """Sets the tokenizer's statistics, the global prototypes, and the local ones of each by k-means."""
-        self.tokenizer.fit(batches())
-        descriptors = torch.cat([self.encode(maps).mean(1) for maps in batches()])
+        self.tokenizer.fit(batches(spread(n_images)))
+        descriptors = torch.cat([self.encode(maps).mean(1) for maps in batches(range(n_images))])
         group = self.global_prototypes.initialise(descriptors, self.config["ot_weight"] > 0, generator)
-        n_global = self.config["n_global"]
-        sizes = group.bincount(minlength=n_global)
-        # A group that got no image learns from the one that is nearest to it.
-        empty = (sizes == 0).nonzero().flatten()
-        similarities = F.normalize(descriptors, dim=-1) @ self.global_prototypes.bank[empty].T
-        spare = dict(zip(empty.tolist(), similarities.argmax(0).tolist()))
-        quota = (_INITIAL_TOKENS // n_global) // sizes.clamp(1)  # tokens of an image
-        some: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(n_global)]
-        images = (image for maps in batches() for image in self.encode(maps))
-        for i, (image, own) in enumerate(zip(images, group.tolist())):
-            order = torch.randperm(len(image), generator=generator)
-            for g in (own, *(g for g, nearest in spare.items() if nearest == i)):
-                chosen = order[: quota[g]]
-                some[g].append((image[chosen], self.places[chosen]))
-        for g, parts in enumerate(some):
-            self.local_prototypes.initialise(g, *map(torch.cat, zip(*parts)), generator)
+        members = [(group == g).nonzero().flatten().tolist() for g in range(self.config["n_global"])]
+        for own, prototype in zip(members, self.global_prototypes.bank):
+            if not own:  # a group that got no image learns from the one that is nearest to it
+                own.append(F.cosine_similarity(descriptors, prototype[None]).argmax().item())
+        # Group after group, so that the tokens of one alone are in memory.
+        images = (image for maps in batches(list(chain(*members))) for image in self.encode(maps))
+        for g, own in enumerate(members):
+            quota = max(1, _TOKENS_PER_PROTOTYPE * self.config["n_local"] // len(own))  # tokens of an image
+            tokens, where = [], []
+            for image in islice(images, len(own)):
+                chosen = torch.randperm(len(image), generator=generator)[:quota]
+                tokens.append(image[chosen])
+                where.append(self.places[chosen])
+            self.local_prototypes.initialise(g, torch.cat(tokens), torch.cat(where), generator)
 
     def losses(self, tokens: Tensor, draws: Draws | None = None) -> dict[str, Tensor]:
         """Training losses of clean tokens (B, N, D): "loss", what to minimise, and its parts, all scalars.

@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +27,13 @@ from dpdiff._progress import track
 from dpdiff.data import Sample
 from dpdiff.data.features import FeatureCache
 from dpdiff.data.stream import Batches, Stream
-from dpdiff.detector import Detector
+from dpdiff.detector import Detector, spread
 from dpdiff.draws import Draws, mix
 from dpdiff.serialization import save
 
 CHECKPOINT = "last.ckpt"
 WEIGHTS = "model.safetensors"
 _FIT_BATCH = 32
-_CALIBRATION_BATCHES = 128
-_FIT_IMAGES = 8_000  # on which statistics and prototypes are computed
 
 
 class Training(L.LightningModule):
@@ -242,24 +239,21 @@ def train(
     if training.average is not None:
         model.denoiser.load_state_dict(training.average.module.state_dict())
     if trainer.is_global_zero:
-        some = islice(_some(features, "Calibrating", show), _CALIBRATION_BATCHES)
+        some = _in_batches(features, spread(len(features)), "Calibrating", show)
         model.calibrate(model.encode(reduced) for reduced in some)
         save(model, out / WEIGHTS)
     return model
 
 
 def _initialise(model: Detector, features: FeatureCache, seed: int, show: bool) -> None:
-    n = min(_FIT_IMAGES, len(features))
-    model.initialise(lambda: _some(features, "Initialising", show), n, torch.Generator().manual_seed(seed))
+    batches = partial(_in_batches, features, description="Initialising", show=show)
+    model.initialise(batches, len(features), torch.Generator().manual_seed(seed))
 
 
-def _some(features: FeatureCache, description: str, show: bool) -> Iterator[list[Tensor]]:
-    """At most 8,000 of the images, evenly spread, in batches."""
-    n = min(_FIT_IMAGES, len(features))
-    chosen = [i * len(features) // n for i in range(n)]
-    starts = range(0, n, _FIT_BATCH)
-    for start in track(starts, description, wanted=show):
-        yield features.batch(chosen[start : start + _FIT_BATCH])
+def _in_batches(features: FeatureCache, numbers: Sequence[int], description: str, show: bool) -> Iterator[list[Tensor]]:
+    """The images of these numbers, a few at a time."""
+    for start in track(range(0, len(numbers), _FIT_BATCH), description, wanted=show):
+        yield features.batch(numbers[start : start + _FIT_BATCH])
 
 
 def _as_is(batch: Any) -> Any:  # Stream makes batches

@@ -14,7 +14,7 @@ from dpdiff.data import load_image
 def prepared(model, images):
     """With the statistics and the banks of these images, but untrained."""
     maps = model.backbone(images)
-    model.eval().initialise(lambda: [maps], len(images), torch.Generator().manual_seed(0))
+    model.eval().initialise(lambda numbers: [[m[numbers] for m in maps]], len(images), torch.Generator().manual_seed(0))
     model.calibrate([model.encode(maps)])
     return model
 
