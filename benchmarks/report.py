@@ -119,8 +119,8 @@ def page(runs: Sequence[dict], studies: Sequence[dict], command: str, figures: s
         header = ("model", "categories", *scaling.QUANTITIES.values())
         parts += [
             f"## Categories\n\nOn rendered products; {study['steps']:,} steps of training where accuracy is given. "
-            "Rates are of DPDiff-AD at the size that `dpdiff train` takes for so many categories. Figures that end in "
-            "`shared` are of the categories that all sizes have."
+            "Rates are of DPDiff-AD at the size that `dpdiff train` takes for so many categories. Accuracy is of the "
+            "same categories at every size, shared out to as many models as it takes."
         ]
         parts += [f"![Speed, memory and accuracy as categories grow]({figures}/categories.svg)", table(header, rows)]
     for operator in dict.fromkeys(case["operator"] for case in cases if "sweep" not in case):

@@ -5,11 +5,12 @@
 Data are rendered products. Rates of DPDiff-AD are those of a model of the size that `dpdiff train` takes for so many
 categories, with random prototypes and images, on which time doesn't depend: training images/s of steps on cached
 features, inference images/s of `predict`, backbone included. Up to `--trained-up-to` categories it is trained and
-evaluated besides; with the plain operators it isn't, for they compute the same. Accuracy is of the whole test set and,
-since categories differ in difficulty, of those that the smallest number has too (`_shared`). Peak memory is that of the
-process in which rates are measured; that and the rate of k-NN are those of its evaluation.
+evaluated besides; with the plain operators it isn't, for they compute the same. Peak memory is that of the process in
+which rates are measured; that and the rate of k-NN are those of its evaluation.
 
-What --json holds already of the same steps is kept, so that an interrupted study goes on, and can be done in parts.
+Categories differ in difficulty, so that accuracy is of the same ones at every size: `--trained-up-to 160` has 16
+models of 10 categories each, beside one of all 160. That takes hours on a CPU. What --json holds already of the same
+steps is kept, so that an interrupted study goes on, and can be done in parts.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from statistics import fmean
 
 import torch
 
@@ -34,12 +36,12 @@ from dpdiff import DPDiffAD, training
 from dpdiff._files import atomic_write
 from dpdiff.data import AnomalyDataset, Catalogue, scan
 from dpdiff.data.products import Products
-from dpdiff.evaluation import Results, evaluate
+from dpdiff.evaluation import evaluate
 
 CATEGORIES = (10, 20, 40, 80, 160, 320, 1600)
 KNN = "unified k-NN"
 MODELS = {"dpdiff": "auto", "reference operators": "reference", KNN: None}
-FIGURES = ("image_auroc", "pixel_auroc", "aupro", "image_auroc_shared", "pixel_auroc_shared", "aupro_shared")
+FIGURES = ("image_auroc", "pixel_auroc", "aupro")
 QUANTITIES = {"training": "training, images/s", "inference": "inference, images/s", "peak_memory": "peak memory, GiB"}
 QUANTITIES |= {name: name.replace("_", " ") for name in FIGURES}
 _BATCH = 16
@@ -58,16 +60,16 @@ def rates(model: str, n_categories: int) -> dict:
         return found | {"training": _BATCH / best_time(step, "cpu", 4.0), "peak_memory": _peak_memory()}
 
 
-def accuracy(model: str, n_categories: int, steps: int, n_shared: int) -> dict:
-    """Figures of a trained model on all of its categories and on the first few."""
-    catalogue = scan(Products(n_categories, progress=False).root, need="test")
+def accuracy(model: str, n_categories: int, first: int, steps: int) -> dict:
+    """Of a model trained on categories `first` to `first + n_categories`: the figures of each, under "by_category"."""
+    catalogue = scan(Products(n_categories, first=first, progress=False).root, need="test")
     detector, size = _knn(catalogue) if model == KNN else _dpdiff(catalogue, steps)
     found = evaluate(detector, AnomalyDataset(catalogue.test, size, catalogue.categories), progress=False)
-    shared = Products(n_shared, progress=False).categories
-    few = Results({name: found.categories[name] for name in shared}, found.seconds)
-    means = found.mean | {f"{name}_shared": value for name, value in few.mean.items()}
-    figures = {name: means[name] for name in FIGURES if name in means}
-    return figures | ({"inference": found.images_per_second, "peak_memory": _peak_memory()} if model == KNN else {})
+    by_category = {
+        name: {figure: result.figures[figure] for figure in FIGURES} for name, result in found.categories.items()
+    }
+    rate = {"inference": found.images_per_second, "peak_memory": _peak_memory()} if model == KNN else {}
+    return {"by_category": by_category} | rate
 
 
 def _dpdiff(catalogue: Catalogue, steps: int) -> tuple[torch.nn.Module, int]:
@@ -100,24 +102,32 @@ def study(
     known: Sequence[dict] = (),
     save: Callable[[dict], None] = lambda found: None,
 ) -> dict:
-    """Every model at every number of categories, one after the other; `save` is called after each."""
+    """Every model at every number of categories, one after the other; `save` is called whenever there is more."""
     rows = {(row["model"], row["categories"]): dict(row) for row in known}
     found = {"study": "scaling", "date": results.now(), "steps": steps, "threads": torch.get_num_threads()}
     found |= {"machine": results.machine(), "rows": list(rows.values())}
+
+    def keep(row: dict, more: dict) -> None:
+        row |= more
+        rows[row["model"], row["categories"]] = row
+        found["date"] = results.now()
+        found["rows"] = sorted(rows.values(), key=lambda row: (row["categories"], list(MODELS).index(row["model"])))
+        save(found)
+
     for n in categories:
         for model in models:
-            row = rows.setdefault((model, n), {"model": model, "categories": n})
+            row = rows.get((model, n), {"model": model, "categories": n})
             if "training" not in row and model != KNN:
-                row |= _apart(rates, model, n)
-            if "image_auroc" not in row and MODELS[model] != "reference" and n <= trained_up_to:
-                row |= _apart(accuracy, model, n, steps, min(categories))
-            if "peak_memory" not in row:  # k-NN that isn't to be trained
-                del rows[model, n]
-                continue
-            print(describe(row), flush=True)
-            found["date"] = results.now()
-            found["rows"] = sorted(rows.values(), key=lambda row: (row["categories"], list(MODELS).index(row["model"])))
-            save(found)
+                keep(row, _apart(rates, model, n))
+            done = row.get("by_category", {})
+            while MODELS[model] != "reference" and len(done) + n <= trained_up_to:
+                more = _apart(accuracy, model, n, len(done), steps)
+                more["by_category"] = done = done | more["by_category"]
+                if len(done) + n > trained_up_to:
+                    more |= {name: fmean(figures[name] for figures in done.values()) for name in FIGURES}
+                keep(row, more)
+            if "peak_memory" in row:  # not of k-NN that isn't to be trained
+                print(describe(row), flush=True)
     return found
 
 

@@ -1,5 +1,9 @@
 """The scaling study's plot and lines; the study itself takes minutes."""
 
+from copy import deepcopy
+
+import pytest
+
 from benchmarks import scaling
 
 ROWS = [
@@ -26,26 +30,36 @@ def test_a_study_goes_on_where_it_stopped(monkeypatch):
     calls, saved = [], []
 
     def apart(function, model, n, *args):
-        calls.append((function.__name__, model, n))
-        return {"inference": 1.0, "peak_memory": 2**30} | (
-            {"training": 2.0} if function is scaling.rates else {"image_auroc": 0.9}
-        )
+        calls.append((function.__name__, model, n, *args[:1]))
+        if function is scaling.rates:
+            return {"training": 2.0, "inference": 1.0, "peak_memory": 2**30}
+        first = args[0]
+        figures = {f"{i}": dict.fromkeys(scaling.FIGURES, i / 100) for i in range(first, first + n)}
+        return {"by_category": figures} | ({"inference": 1.0, "peak_memory": 2**30} if model == scaling.KNN else {})
 
     monkeypatch.setattr(scaling, "_apart", apart)
     known = [{"model": "dpdiff", "categories": 10, "training": 20.0, "inference": 30.0, "peak_memory": 2**30}]
-    scaling.study((10, 20), list(scaling.MODELS), 600, 10, known, saved.append)
+    known[0]["by_category"] = {f"{i}": dict.fromkeys(scaling.FIGURES, 0.5) for i in range(10)}
+    scaling.study((10, 20, 40), list(scaling.MODELS), 600, 20, known, lambda found: saved.append(deepcopy(found)))
     assert calls == [
-        ("accuracy", "dpdiff", 10),
+        ("accuracy", "dpdiff", 10, 10),
         ("rates", "reference operators", 10),
-        ("accuracy", "unified k-NN", 10),
+        ("accuracy", scaling.KNN, 10, 0),
+        ("accuracy", scaling.KNN, 10, 10),
         ("rates", "dpdiff", 20),
+        ("accuracy", "dpdiff", 20, 0),
         ("rates", "reference operators", 20),
+        ("accuracy", scaling.KNN, 20, 0),
+        ("rates", "dpdiff", 40),
+        ("rates", "reference operators", 40),
     ]
+    assert len(saved) == len(calls) and len(known[0]["by_category"]) == 10  # what is given stays as it is
     rows = saved[-1]["rows"]
     assert [(row["model"], row["categories"]) for row in rows] == [
-        *((model, 10) for model in scaling.MODELS),
-        ("dpdiff", 20),
-        ("reference operators", 20),
+        *((model, n) for n in (10, 20) for model in scaling.MODELS),
+        ("dpdiff", 40),
+        ("reference operators", 40),
     ]
-    assert rows[0]["training"] == 20.0 and rows[0]["image_auroc"] == 0.9
-    assert len(saved) == 5 and len(known[0]) == 5  # what is given stays as it is
+    assert rows[0]["training"] == 20.0 and rows[0]["aupro"] == pytest.approx((0.5 + 0.145) / 2)
+    assert "aupro" not in saved[2]["rows"][2]  # a mean of half of the categories can't be compared
+    assert rows[5]["aupro"] == pytest.approx(0.095)

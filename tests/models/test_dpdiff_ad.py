@@ -9,6 +9,7 @@ from stripes import as_batch, striped, with_defect
 
 import dpdiff
 from dpdiff.data import load_image
+from dpdiff.detector import spread
 
 
 def prepared(model, images):
@@ -115,6 +116,34 @@ def test_images_of_another_type_shape_or_range_are_refused(model, given, error, 
 def test_arguments_out_of_range_are_refused(tiny, options, message):
     with pytest.raises(ValueError, match=message):
         tiny(**options)
+
+
+def test_each_group_learns_from_all_of_its_images(tiny, images):
+    model = tiny(n_global=24, n_local=64)  # more groups than images, each of as many prototypes as an image has tokens
+    maps = model.backbone(images)
+    passes = []
+
+    def batches(numbers):
+        passes.append(list(numbers))
+        for start in range(0, len(numbers), 5):  # which doesn't end where groups do
+            yield [m[passes[-1][start : start + 5]] for m in maps]
+
+    model.initialise(batches, len(images), torch.Generator().manual_seed(0))
+    assert passes[0] == passes[1] == list(range(len(images))) and set(passes[2]) == set(passes[0])
+    assert len(passes[2]) > len(images)  # groups without an image of their own borrow one
+    tokens = model.tokenizer(maps)
+    group = model.global_prototypes.route(tokens.mean(1), 1)
+    alone = (group == group.T).sum(1) == 1
+    assert alone.sum() > 4
+    distances = model.local_prototypes(tokens, group)[1]
+    assert distances[alone].max() < 1e-5
+
+
+def test_statistics_are_of_images_of_the_whole_set():
+    assert spread(7) == list(range(7))
+    assert spread(24_000) == list(range(0, 24_000, 3))
+    numbers = spread(8_001)
+    assert len(set(numbers)) == 8_000 and numbers[0] == 0 and numbers[-1] == 7_999
 
 
 def test_losses_are_finite_and_reach_every_trained_parameter(model, images):
