@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -18,11 +20,14 @@ import torch.distributed as dist
 from diffusers.optimization import get_cosine_schedule_with_warmup
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
+from dpdiff._files import atomic_write
 from dpdiff._progress import track
 from dpdiff.data import Sample
 from dpdiff.data.features import FeatureCache
@@ -52,6 +57,7 @@ class Training(L.LightningModule):
         lr: float,
         weight_decay: float,
         seed: int,
+        run: dict[str, Any],
     ) -> None:
         super().__init__()
         self.model = model
@@ -62,6 +68,7 @@ class Training(L.LightningModule):
         self.lr = lr
         self.weight_decay = weight_decay
         self.seed = seed
+        self.run = run
         # No step changes a buffer but in the same way everywhere: `on_fit_start` sends them once, not DDP every step.
         self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_buffers()]
 
@@ -107,13 +114,23 @@ class Training(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         kept = self.state_dict()
         checkpoint["buffers"] = {name: buffer for name, buffer in self.named_buffers() if name not in kept}
+        checkpoint["run"] = self.run
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         self.batches.start = checkpoint["global_step"] * self.trainer.accumulate_grad_batches
         buffers = dict(self.named_buffers())
         for name, buffer in checkpoint["buffers"].items():
-            if name in buffers and buffers[name].shape == buffer.shape:  # else loading the rest says what is wrong
-                buffers[name].copy_(buffer)
+            buffers[name].copy_(buffer)
+
+
+class _WholeCheckpoints(TorchCheckpointIO):
+    """Lightning's own writes them elsewhere and moves them, which leaves part of one where that is another disk."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | os.PathLike, storage_options: Any = None) -> None:
+        buffer = io.BytesIO()  # torch doesn't say of a full disk that it is full
+        torch.save(checkpoint, buffer)
+        with atomic_write(path) as tmp:
+            tmp.write_bytes(buffer.getbuffer())
 
 
 def train(
@@ -162,7 +179,8 @@ def train(
         `model`, trained, in evaluation mode.
 
     Raises:
-        ValueError: no samples, or a checkpoint of another model in `out`.
+        ValueError: no samples; a checkpoint in `out` that is damaged, or of another model, other images or options.
+        SystemExit: 143, after SIGTERM.
     """
     out = Path(out)
     if not samples:
@@ -189,7 +207,11 @@ def train(
         )
     checkpoint = out / CHECKPOINT
     resumed = resume and checkpoint.is_file()
-    if not resumed and rank_zero_only.rank == 0:  # the others are sent it
+    run = {"model": type(model).__name__, **model.config, **numbers, "accumulate": accumulate, "seed": seed}
+    run["images"] = features.path.name
+    if resumed:
+        _check_same_run(checkpoint, run)
+    elif rank_zero_only.rank == 0:  # the others are sent it
         _initialise(model, features, seed, show)
     batches = Batches(batch_size, max_steps * accumulate)
     loader = DataLoader(
@@ -216,24 +238,21 @@ def train(
             enable_progress_bar=show,
             enable_model_summary=False,
             log_every_n_steps=10,
+            plugins=[_WholeCheckpoints()],
         )
         model.train()
         if compile:
             model.denoiser.compile()
         epoch_steps = -(-len(features) // (batch_size * accumulate * trainer.world_size))
         epoch_steps = min(epoch_steps, max(1, max_steps // 10))  # of many images training may see each but once
-        training = Training(model, batches, max_steps, epoch_steps, lr, numbers["weight_decay"], seed)
+        training = Training(model, batches, max_steps, epoch_steps, lr, numbers["weight_decay"], seed, run)
         try:
             trainer.fit(training, loader, ckpt_path=checkpoint if resumed else None, weights_only=True)
+        except SIGTERMException:  # which would end the process as if it had done its work
+            raise SystemExit(128 + signal.SIGTERM) from None
         except SystemExit as error:  # Lightning's answer to Ctrl-C
             if isinstance(error.__context__, KeyboardInterrupt):
                 raise KeyboardInterrupt from None
-            raise
-        except RuntimeError as error:
-            if resumed and "PytorchStreamReader" in str(error):
-                raise ValueError(f"{checkpoint} is damaged: remove it, or don't resume") from error
-            if resumed and "state_dict" in str(error):
-                raise ValueError(f"{checkpoint} is of another model: give another folder, or don't resume") from error
             raise
     model.eval()
     if training.average is not None:
@@ -243,6 +262,18 @@ def train(
         model.calibrate(model.encode(reduced) for reduced in some)
         save(model, out / WEIGHTS)
     return model
+
+
+def _check_same_run(checkpoint: Path, run: dict[str, Any]) -> None:
+    """Raises ValueError where `checkpoint` can't be read or is of another run than this."""
+    try:
+        before = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["run"]
+    except Exception as error:  # whatever torch makes of a damaged file
+        raise ValueError(f"{checkpoint} is damaged or of another version: remove it, or don't resume") from error
+    changes = [f"{name} {before.get(name)} (now {now})" for name, now in run.items() if before.get(name) != now]
+    if changes:
+        found = ", ".join(changes[:3])
+        raise ValueError(f"{checkpoint} is of another run, {found}: give another folder, or don't resume")
 
 
 def _initialise(model: Detector, features: FeatureCache, seed: int, show: bool) -> None:

@@ -44,7 +44,8 @@ def _root(
 
     Example: `dpdiff demo`; each command has examples of its own, `dpdiff train --help`.
 
-    Exit codes: 0; 2 where something that was given is wrong; 1 for a failure, such as a full disk; 130 after Ctrl-C.
+    Exit codes: 0; 2 where something that was given is wrong; 1 for a failure, such as a full disk; 130 after Ctrl-C;
+    143 after SIGTERM.
     """
     if debug:
         os.environ["DPDIFF_DEBUG"] = "1"  # Lightning's processes for further devices are started with it
@@ -61,8 +62,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         code = app(arguments, prog_name="dpdiff", standalone_mode=False) or 0
         return _interrupted() if code == INTERRUPTED else code
-    except (KeyboardInterrupt, typer.Abort):
+    except (KeyboardInterrupt, typer.Abort) as error:
+        if isinstance(error.__cause__, EOFError):  # which click takes for an answer that nobody gave
+            return _report(error.__cause__, *_explain(error.__cause__))
         return _interrupted()
+    except SystemExit as stopped:  # training, by SIGTERM
+        return _interrupted(stopped.code)
     except _UsageError as error:
         command = error.ctx.command_path if error.ctx else "dpdiff"
         return _report(error, f"{error.format_message()} (see {command} --help)", USER_ERROR)
@@ -70,9 +75,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _report(error, *_explain(error))
 
 
-def _interrupted() -> int:
+def _interrupted(code: int = INTERRUPTED) -> int:
     print("dpdiff: interrupted", file=sys.stderr)
-    return INTERRUPTED
+    return code
 
 
 def _report(error: BaseException, message: str, code: int) -> int:

@@ -9,7 +9,9 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -51,7 +53,8 @@ class FeatureCache(Dataset):
         with FileLock(f"{folder}.lock"):  # of several processes one computes, the others wait
             if not self.path.is_dir():
                 for old in folder.iterdir():
-                    shutil.rmtree(old)
+                    if old.is_dir():  # a file browser may leave files of its own
+                        shutil.rmtree(old)
                 partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder))
                 try:
                     data = AnomalyDataset(samples, image_size)
@@ -76,22 +79,22 @@ class FeatureCache(Dataset):
 
 
 def _extract(backbone: Backbone, reduce: Callable, batches: Iterable[dict], n: int, folder: Path) -> None:
-    files: list[np.ndarray] = []
     device = next(backbone.parameters()).device
-    start = 0
-    for batch in batches:
-        with torch.inference_mode():
-            tensors = [t.half().cpu().numpy() for t in reduce(backbone(batch["image"].to(device)))]
-        if not files:
-            files = [
-                np.lib.format.open_memmap(folder / f"{i}.npy", "w+", np.float16, (n, *t.shape[1:]))
-                for i, t in enumerate(tensors)
-            ]
-        for file, t in zip(files, tensors):
-            file[start : start + len(t)] = t
-        start += len(tensors[0])
-    for file in files:
-        file.flush()
+    with ExitStack() as stack:
+        files: list[BinaryIO] = []  # not mapped: a full disk is an error of a write, but the end of who maps
+        for batch in batches:
+            with torch.inference_mode():
+                tensors = [t.half().cpu().numpy() for t in reduce(backbone(batch["image"].to(device)))]
+            if not files:
+                for i, t in enumerate(tensors):
+                    files.append(stack.enter_context(open(folder / f"{i}.npy", "wb")))
+                    about = np.lib.format.header_data_from_array_1_0(t) | {"shape": (n, *t.shape[1:])}
+                    np.lib.format.write_array_header_1_0(files[i], about)
+            for file, t in zip(files, tensors):
+                file.write(np.ascontiguousarray(t).data)
+        for file in files:
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def _key(samples: Sequence[Sample], backbone: Backbone, image_size: int, reduce: Callable) -> str:

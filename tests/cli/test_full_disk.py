@@ -33,13 +33,7 @@ def disk(tmp_path):
 MESSAGE = "dpdiff: error: the disk is full: free some space and run the command again"
 
 
-BROKEN = pytest.mark.xfail(strict=True, reason="mapped features end in SIGBUS; Lightning moves a partial checkpoint")
-
-
-@pytest.mark.parametrize(
-    "room",
-    [pytest.param("64k", id="features", marks=BROKEN), pytest.param("2m", id="checkpoint", marks=BROKEN), "5m"],
-)
+@pytest.mark.parametrize("room", [pytest.param("64k", id="features"), pytest.param("2m", id="checkpoint"), "5m"])
 def test_training(disk, data, tiny, room):
     out = disk(room) / "run"
     options = ["--data", data, "--out", out, "--steps", "2", "--checkpoint-interval", "2", *tiny]

@@ -71,7 +71,7 @@ def test_a_model_of_unknown_origin_is_not_overwritten(train, weights, tmp_path):
     assert outcome.code == 2 and "--no-resume" in outcome.error
 
 
-def test_goes_on_after_ctrl_c_and_after_a_kill(data, tiny, tmp_path):
+def test_goes_on_after_every_way_to_be_stopped(data, tiny, tmp_path):
     out = tmp_path / "run"
     options = ["--data", str(data), "--out", str(out), "--steps", "60", "--checkpoint-interval", "15", *tiny]
     command = [sys.executable, "-m", "dpdiff", "train", *options]
@@ -95,6 +95,7 @@ def test_goes_on_after_ctrl_c_and_after_a_kill(data, tiny, tmp_path):
     code, stdout, stderr = run_until_checkpoint(signal.SIGINT)
     assert "Training DPDiffAD" in stdout
     assert (code, stderr) == (130, "dpdiff: interrupted\n")
+    assert run_until_checkpoint(signal.SIGTERM)[::2] == (143, "dpdiff: interrupted\n")
     code, stdout, stderr = run_until_checkpoint(signal.SIGKILL)
     assert "Going on with DPDiffAD" in stdout
     assert (code, stderr) == (-signal.SIGKILL, "")

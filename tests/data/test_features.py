@@ -114,6 +114,13 @@ def test_whatever_changes_makes_a_new_cache(cached, samples, backbone, change):
     assert not old.path.exists()  # its space is free again
 
 
+def test_a_file_of_others_in_the_folder_is_left_alone(cached, samples, tmp_path):
+    cached()
+    theirs = tmp_path / "features" / ".DS_Store"
+    theirs.write_bytes(b"of a file browser")
+    assert cached(samples=samples[:-1])[1] and theirs.exists()
+
+
 def test_the_same_images_elsewhere_are_known(cached, samples, tmp_path):
     cached()
     moved = [Sample(sample.image.rename(tmp_path / f"moved-{i}.png"), "things") for i, sample in enumerate(samples)]

@@ -160,20 +160,38 @@ def test_resume_false_starts_anew(run, tmp_path):
     assert_same(weights(run("b", seed=1, resume=False)), expected)
 
 
-@pytest.mark.parametrize("options", [dict(dim=48), dict(n_local=17), dict(depth=2), dict(backbone="test_efficientnet")])
-def test_a_checkpoint_of_another_model_is_refused(run, tiny, tmp_path, options):
+OTHER_RUNS = {
+    "model": (dict(model=dict(dim=48)), r"dim 24 \(now 48\)"),
+    "prototypes": (dict(model=dict(n_local=17)), r"n_local 16 \(now 17\)"),
+    "scores": (dict(model=dict(local_weight=0.5)), r"local_weight 0.25 \(now 0.5\)"),
+    "backbone": (dict(model=dict(backbone="test_efficientnet")), r"backbone test_resnet \(now test_efficientnet\)"),
+    "images": (dict(n=19), r"images \w+ \(now \w+\)"),
+    "seed": (dict(seed=1), r"seed 0 \(now 1\)"),
+    "steps": (dict(max_steps=2 * STEPS), rf"max_steps {STEPS} \(now {2 * STEPS}\)"),
+    "fewer steps": (dict(max_steps=4), rf"max_steps {STEPS} \(now 4\)"),
+    "batches": (dict(batch_size=2, accumulate=2), r"batch_size 4 \(now 2\), accumulate 1 \(now 2\)"),
+}
+
+
+@pytest.mark.parametrize(("options", "difference"), OTHER_RUNS.values(), ids=OTHER_RUNS)
+def test_a_checkpoint_of_another_run_is_refused(run, tiny, tmp_path, options, difference):
     run()
     before = (tmp_path / "out" / "model.safetensors").read_bytes()
-    with pytest.raises(ValueError, match=r"last\.ckpt is of another model"):
-        run(model=tiny(**options))
+    with pytest.raises(ValueError, match=rf"last\.ckpt is of another run, .*{difference}"):
+        run(**options | ({"model": tiny(**options["model"])} if "model" in options else {}))
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
 
 
-def test_a_damaged_checkpoint_is_named(run, tmp_path):
+@pytest.mark.parametrize("damage", ["cut", "empty", "text", "zeros", "a pickle", "of something else"])
+def test_a_damaged_checkpoint_is_named(run, tmp_path, damage):
     run()
     checkpoint = tmp_path / "out" / "last.ckpt"
-    checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
-    with pytest.raises(ValueError, match=r"last\.ckpt"):
+    content = {"cut": checkpoint.read_bytes()[:1000], "empty": b"", "text": b"not a checkpoint\n", "zeros": bytes(5000)}
+    if damage in content:
+        checkpoint.write_bytes(content[damage])
+    else:
+        torch.save({"weights": torch.zeros(3)} if damage == "of something else" else [object()], checkpoint)
+    with pytest.raises(ValueError, match=r"last\.ckpt is damaged or of another version: remove it, or don't resume$"):
         run()
 
 
