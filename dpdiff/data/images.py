@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import Tensor
 from dpdiff.data.samples import Sample, walk_images
 
 _ORIENTATION = 0x0112  # EXIF tag; values from 5 on turn the image by a quarter
+_JPEG_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # any but those within pixel data, and padding
 
 
 def load_image(path: str | os.PathLike, size: int | None = None) -> Tensor:
@@ -137,18 +139,25 @@ def _verified_size(what: str, path: Path) -> tuple[int, int]:
                 width, height = height, width
             if image.format == "PNG":
                 image.verify()  # reads it to the end, by its check sums
-            elif image.format not in ("JPEG", "MPO") or not _has_jpeg_end(path):
+            elif image.format not in ("JPEG", "MPO") or not _is_whole_jpeg(path.read_bytes()):
                 image.load()
             return width, height
     except Exception as error:
         raise ValueError(f"cannot read {what} {path}: {_reason(error)}") from error
 
 
-def _has_jpeg_end(path: Path) -> bool:
-    """Whether the marker that ends a JPEG file stands near its end; pixel data can't hold these two bytes."""
-    with open(path, "rb") as file:
-        file.seek(max(0, os.path.getsize(path) - 4096))
-        return b"\xff\xd9" in file.read()
+def _is_whole_jpeg(content: bytes) -> bool:
+    """Whether the marker that ends a JPEG file is found, segment by segment, behind the pixels of its first image.
+
+    Pixel data can't hold a marker, but other segments can: a thumbnail in the header has an end of its own.
+    """
+    at, has_pixels = 2, False
+    while marker := _JPEG_MARKER.search(content, at):
+        if marker[0] == b"\xff\xd9":
+            return has_pixels
+        has_pixels |= marker[0] == b"\xff\xda"
+        at = marker.end() + int.from_bytes(content[marker.end() : marker.end() + 2])
+    return False
 
 
 def _reason(error: Exception) -> str:

@@ -144,6 +144,35 @@ def test_every_damaged_file_is_found_and_named(tmp_path):
                 load_image(file, 32)
 
 
+@pytest.mark.parametrize("progressive", [False, True])
+def test_jpeg_with_a_thumbnail_is_told_from_its_beginning(tmp_path, progressive):
+    """The end marker of the thumbnail in the header isn't that of the image, and image data may lie behind tables."""
+    thumbnail = noise(tmp_path / "thumbnail.jpg", (16, 16)).read_bytes()
+    exif = Image.Exif().tobytes() + thumbnail
+    whole = noise(tmp_path / "x.jpg", exif=exif, progressive=progressive)
+    sample, content = Sample(whole, "c"), whole.read_bytes()
+    assert check([sample]) == ([sample], [])
+    header_end = content.index(thumbnail) + len(thumbnail)
+    for end in range(header_end, len(content) - 2, 97):
+        whole.write_bytes(content[:end])
+        assert check([sample], on_error="skip")[0] == []
+
+
+def test_jpeg_without_image_data_is_found(tmp_path):
+    content = noise(tmp_path / "x.jpg").read_bytes()
+    (tmp_path / "x.jpg").write_bytes(content[: content.index(b"\xff\xda")] + b"\xff\xd9")
+    with pytest.raises(ValueError, match=r"cannot read image .*x\.jpg"):
+        check([Sample(tmp_path / "x.jpg", "c")])
+
+
+def test_whole_jpegs_are_not_decoded_for_the_check(tmp_path, monkeypatch):
+    """Thousands of them are checked before training begins."""
+    several = {"format": "MPO", "save_all": True, "append_images": [Image.fromarray(COLOURS)]}
+    files = [noise(tmp_path / f"{i}.jpg", **o) for i, o in enumerate(({}, {"progressive": True}, several))]
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: pytest.fail("decoded"))
+    assert check([Sample(file, "c") for file in files])[1] == []
+
+
 def test_damaged_files_are_skipped_by_choice(tmp_path):
     whole = Sample(tmp_path / "whole.png", "c")
     samples = [*(Sample(file, "c") for file in damaged(tmp_path)), whole]
