@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 from collections.abc import Iterable
@@ -11,22 +12,24 @@ from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from dpdiff.data.samples import Sample, walk_images
 
-_ORIENTATION = 0x0112  # EXIF tag; values from 5 on turn the image by a quarter
+_ORIENTATION = ExifTags.Base.Orientation
+_QUARTER_TURNS = (5, 6, 7, 8)
+_PNG_METADATA = (b"eXIf", b"XML:com.adobe.xmp", b"Raw profile type exif")  # where Pillow looks for an orientation
 _JPEG_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # any but those within pixel data, and padding
 
 
 def load_image(path: str | os.PathLike, size: int | None = None) -> Tensor:
     """Read an image of any format, grey or colour, as float32 (3, H, W) in [0, 1].
 
-    size: resize to (size, size), antialiased bilinear; None keeps the image's own. EXIF orientation is applied,
-    transparency shows black, grey is repeated over the three channels, and of several frames the first is read.
-    16-bit grey is divided by 65,535; floating-point grey is taken as it is where it lies in [0, 1] and divided by 255
-    where it lies in [0, 255].
+    size: resize to (size, size), antialiased bilinear; None keeps the image's own. Orientation by EXIF or
+    XMP is applied, transparency shows black, grey is repeated over the three channels, and of several frames the first
+    is read. 16-bit grey is divided by 65,535; floating-point grey is taken as it is where it lies in [0, 1] and
+    divided by 255 where it lies in [0, 255].
 
     Raises ValueError with the path for a file that is no image, is damaged, or lies outside of these ranges.
     """
@@ -99,7 +102,7 @@ def check(samples: Iterable[Sample], on_error: Literal["raise", "skip"] = "raise
 
     Returns the samples that can be used and one line for each that can't, which names the file. With ``"raise"``
     there is no such line: the first of them is raised as ValueError. Files are read whole, but decoded only in formats
-    that don't tell a truncated file otherwise (not PNG, not JPEG).
+    that don't tell a truncated file otherwise (not PNG, not JPEG) and where an orientation may stand behind the pixels.
     """
     if on_error not in ("raise", "skip"):
         raise ValueError(f"on_error must be 'raise' or 'skip', got {on_error!r}")
@@ -131,17 +134,20 @@ def check(samples: Iterable[Sample], on_error: Literal["raise", "skip"] = "raise
 def _verified_size(what: str, path: Path) -> tuple[int, int]:
     """Width and height as they are seen, of a file that is whole."""
     try:
-        with Image.open(path) as image:
-            width, height = image.size
-            # Pillow would decode a PNG to look for EXIF data behind its pixels.
-            exif = image.getexif() if image.format != "PNG" or "exif" in image.info else {}
-            if exif.get(_ORIENTATION, 1) >= 5:
-                width, height = height, width
+        content = Path(path).read_bytes()
+        with Image.open(io.BytesIO(content)) as image:
             if image.format == "PNG":
                 image.verify()  # reads it to the end, by its check sums
-            elif image.format not in ("JPEG", "MPO") or not _is_whole_jpeg(path.read_bytes()):
-                image.load()
-            return width, height
+                behind = content[content.rfind(b"IDAT") :]
+                header_tells = not any(name in behind for name in _PNG_METADATA)
+            else:
+                header_tells = image.format in ("JPEG", "MPO") and _is_whole_jpeg(content)
+            if header_tells:
+                width, height = image.size
+                exif = Image.Image.getexif(image)  # what was read so far, where a PNG's own would decode it
+                return (height, width) if exif.get(_ORIENTATION) in _QUARTER_TURNS else (width, height)
+        with Image.open(io.BytesIO(content)) as image:
+            return ImageOps.exif_transpose(image).size
     except Exception as error:
         raise ValueError(f"cannot read {what} {path}: {_reason(error)}") from error
 

@@ -1,5 +1,8 @@
 """What is read from image files, and what is told about those that can't be read."""
 
+import struct
+import zlib
+
 import numpy as np
 import pytest
 import torch
@@ -82,9 +85,50 @@ def test_exif_orientation_is_applied(tmp_path):
     save(tmp_path / "x.png", COLOURS, exif=exif)
     turned = torch.from_numpy(np.rot90(COLOURS, -1).copy()).permute(2, 0, 1) / 255
     assert torch.equal(load_image(tmp_path / "x.png"), turned)
-    mask = np.zeros((7, 5), np.uint8)  # of the size that is seen
-    sample = Sample(tmp_path / "x.png", "c", "bad", 1, save(tmp_path / "m.png", mask))
-    assert check([sample]) == ([sample], [])
+
+
+XMP = (
+    b'XML:com.adobe.xmp\0\0\0\0\0<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF><rdf:Description tiff:Orientation="6"/>'
+    b"</rdf:RDF></x:xmpmeta>"
+)
+
+
+def turned(path, orientation, kind):
+    """An image of 7 x 5 whose metadata say by ``orientation`` how to turn it; `kind` is where they stand."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    if kind == "exif":
+        return save(path, COLOURS, exif=exif)
+    content = save(path, COLOURS).read_bytes()
+    name, data = (b"iTXt", XMP.replace(b"6", b"%d" % orientation)) if "xmp" in kind else (b"eXIf", exif.tobytes()[6:])
+    chunk = struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+    at = content.index(b"IDAT") - 4 if "before" in kind else len(content) - 12
+    path.write_bytes(content[:at] + chunk + content[at:])
+    return path
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8, 9])
+@pytest.mark.parametrize(
+    ("suffix", "kind"),
+    [
+        *((suffix, "exif") for suffix in ("jpg", "png", "tif", "webp")),
+        *(("png", kind) for kind in ("xmp before pixels", "xmp behind pixels", "exif behind pixels")),
+    ],
+)
+def test_masks_are_to_fit_images_as_they_are_seen(tmp_path, suffix, kind, orientation):
+    image = turned(tmp_path / f"x.{suffix}", orientation, kind)
+    size = (7, 5) if orientation in (6, 8) else (5, 7)
+    assert load_image(image).shape[1:] == size
+    masks = [save(tmp_path / f"{h}.png", np.zeros((h, w), np.uint8)) for h, w in (size, size[::-1])]
+    problems = [check([Sample(image, "c", "bad", 1, mask)], on_error="skip")[1] for mask in masks]
+    assert problems[0] == [] and "but its image" in problems[1][0]
+
+
+@pytest.mark.parametrize("kind", ["exif", "xmp before pixels"])
+def test_metadata_before_the_pixels_need_no_decoding(tmp_path, monkeypatch, kind):
+    image = turned(tmp_path / "x.png", 6, kind)
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: pytest.fail("decoded"))
+    assert check([Sample(image, "c")])[1] == []
 
 
 def test_resizing_is_antialiased(tmp_path):
