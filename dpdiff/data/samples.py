@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from collections.abc import Iterator
@@ -58,11 +59,14 @@ def image_suffixes() -> frozenset[str]:
 
 
 def walk_images(folder: Path) -> Iterator[Path]:
-    """Every image file under ``folder``, nested ones too, in natural order; hidden files and folders are passed by."""
+    """Every image file under ``folder``, nested ones too, in natural order; hidden files and folders are passed by.
+
+    Links to folders are followed, but for those back to a folder around them.
+    """
     with os.scandir(folder) as found:
         entries = sorted((e for e in found if not e.name.startswith(".")), key=lambda e: natural_key(e.name))
     for entry in entries:
-        if entry.is_dir():
+        if _is_folder(entry):
             yield from walk_images(Path(entry.path))
         elif os.path.splitext(entry.name)[1].lower() in image_suffixes():
             yield Path(entry.path)
@@ -71,5 +75,18 @@ def walk_images(folder: Path) -> Iterator[Path]:
 def subfolders(folder: Path) -> list[Path]:
     """The folders directly in ``folder``, in natural order, hidden ones and archive leftovers passed by."""
     with os.scandir(folder) as found:
-        names = [e.name for e in found if e.is_dir() and not e.name.startswith((".", "__"))]
+        names = [e.name for e in found if _is_folder(e) and not e.name.startswith((".", "__"))]
     return [folder / name for name in sorted(names, key=natural_key)]
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    """Whether it is a folder to go into. A link back to a folder around it would lead in circles, out of its split."""
+    try:
+        if not entry.is_dir():
+            return False
+    except OSError as error:
+        if error.errno != errno.ELOOP:  # which is a link to itself
+            raise
+        return False
+    around = Path(entry.path).absolute().parents
+    return not (entry.is_symlink() and any(os.path.samefile(entry.path, folder) for folder in around))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dpdiff.data import Sample, scan
+from dpdiff.data import Sample, scan, walk_images
 
 
 def image(path: Path, value: int = 100) -> Path:
@@ -301,6 +301,31 @@ def test_order_is_that_of_names_not_of_the_disk(tmp_path):
     for name in ("b10", "B2", "a", "b1"):
         image(tmp_path / f"{name}.png")
     assert [s.image.stem for s in scan(tmp_path).train] == ["a", "b1", "B2", "b10"]
+
+
+def test_links_to_folders_are_followed_but_not_in_circles(tmp_path):
+    image(tmp_path / "elsewhere" / "0.png")
+    root = tmp_path / "root"
+    image(root / "a" / "0.png")
+    for name in ("b", "c"):
+        (root / name).symlink_to(tmp_path / "elsewhere")
+    expected = [root / name / "0.png" for name in "abc"]
+    assert list(walk_images(root)) == expected
+    (root / "a" / "up").symlink_to("..")
+    (root / "self").symlink_to("self")
+    (root / "here").symlink_to(root)
+    (tmp_path / "elsewhere" / "around").symlink_to(root / "b")
+    assert list(walk_images(root)) == expected
+    found = scan(root, need="train")
+    assert [sample.image for sample in found.train] == expected and found.categories == ["a", "b", "c"]
+
+
+def test_link_back_makes_no_categories(mvtec):
+    (mvtec / "all").symlink_to(mvtec)
+    (mvtec / "bottle" / "train" / "good" / "all").symlink_to(mvtec)
+    found = scan(mvtec, need="train")
+    assert found.categories == ["bottle", "screw"]
+    assert len(found.train) == 6
 
 
 def test_what_is_no_data_set_is_refused_in_one_line(tmp_path):
