@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from dpdiff.cli.inputs import (
     Weights,
     Workers,
     check_writable,
+    data_folder,
     find_device,
     read_catalogue,
     usable,
@@ -100,8 +102,9 @@ def _evaluate_ood(
 ) -> None:
     from dpdiff import ood
 
-    for i, name in enumerate(out_data):
-        if name == data or name in out_data[:i]:
+    folders = [os.path.realpath(data_folder(name)) for name in (data, *out_data)]  # one set has many spellings
+    for i, name in enumerate(out_data, start=1):
+        if folders[i] in folders[:i]:
             raise ValueError(f"--out-data {name} is given twice")
     inside, *outside = (usable(ood.normal_images(read_catalogue(d)), on_corrupt) for d in (data, *out_data))
     named = dict(zip(out_data, outside))

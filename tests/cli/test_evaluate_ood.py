@@ -79,6 +79,13 @@ def test_a_slice_of_the_products_is_out(dpdiff, data, weights, tmp_path, monkeyp
     assert len(names) == 2 and not names & {p.name for p in (folder / "first-2").iterdir()}
 
 
+@pytest.mark.parametrize("same", ["products:2:0", "products:0-2"])
+def test_products_of_another_spelling_are_the_same(dpdiff, weights, tmp_path, monkeypatch, same):
+    monkeypatch.setenv("DPDIFF_CACHE", str(tmp_path / "cache"))
+    outcome = dpdiff("evaluate", "--data", "products:2", "--out-data", same, "--weights", weights)
+    assert outcome.code == 2 and f"--out-data {same} is given twice" in outcome.error
+
+
 def test_an_anomaly_detector_has_them_too(dpdiff, data, flowers, tmp_path, tiny):
     options = ["--model", "dpdiff-ad", "--steps", 2, *tiny]
     assert dpdiff("train", "--data", data, "--out", tmp_path / "run", *options).code == 0
@@ -95,13 +102,17 @@ def test_an_anomaly_detector_has_them_too(dpdiff, data, flowers, tmp_path, tiny)
         (["--out-data", "products:x"], "expected a folder, products:N"),
         (["--out-data", "svhn:nowhere"], "nowhere holds no svhn"),
         (["--out-data", "FLOWERS", "--out-data", "FLOWERS"], "is given twice"),
+        (["--out-data", "FLOWERS", "--out-data", "FLOWERS/../flowers/"], "is given twice"),
         (["--out-data", "DATA"], "is given twice"),
+        (["--out-data", "DATA/"], "is given twice"),
+        (["--out-data", "link"], "is given twice"),
         (["--out-data", "FLOWERS", "--report", "r.html"], "--report shows defects"),
     ],
 )
 def test_refused(dpdiff, data, weights, flowers, tmp_path, monkeypatch, options, message):
     monkeypatch.chdir(tmp_path)
-    options = [{"FLOWERS": flowers, "DATA": data}.get(option, option) for option in options]
+    (tmp_path / "link").symlink_to(data)
+    options = [option.replace("FLOWERS", str(flowers)).replace("DATA", str(data)) for option in options]
     outcome = dpdiff("evaluate", "--data", data, "--weights", weights, "--json", "out.json", *options)
     assert outcome.code == 2 and message in outcome.error
     assert not (tmp_path / "out.json").exists()
