@@ -28,8 +28,8 @@ def scan(root: str | os.PathLike, layout: str = "auto", need: str | None = None)
     - ``"real-iad"``: Real-IAD and Real-IAD Variety as published, one JSON file per category and the images of one
       resolution (the largest there is). A view of a defective object in which no defect is marked counts as good, as
       in the published figures.
-    - ``"plain"``: good images only, nested or flat. Each first-level folder is a category; images that lie in ``root``
-      itself make up a category of its name.
+    - ``"plain"``: good images only, nested or flat. Each first-level folder is a category, but for one that holds other
+      files only; images that lie in ``root`` itself make up a category of its name.
 
     Files are images by their suffix; which open is for :func:`dpdiff.data.check` to tell. The order is natural
     (2 before 10) and the same on every machine.
@@ -85,8 +85,7 @@ def scan_mvtec(root: Path) -> Catalogue:
     if root in folders:
         named = {root.resolve().name: root}
     else:
-        # A folder beside categories that holds no file was meant to be one: it isn't to be passed by in silence.
-        folders += [f for parent in parents for f in subfolders(parent) if not any(files for _, _, files in os.walk(f))]
+        folders += [folder for parent in parents for folder in _empty_folders(parent)]
         # Where all lie in one folder, their own names tell them apart (VisA/1cls/candle: candle).
         named = {f.name if len(parents) == 1 else f.relative_to(root).as_posix(): f for f in folders}
     catalogue = Catalogue(categories=sorted(named, key=natural_key))
@@ -105,6 +104,11 @@ def _find_categories(folder: Path, depth: int) -> list[Path]:
     if depth == 0:
         return []
     return [found for child in children.values() for found in _find_categories(child, depth - 1)]
+
+
+def _empty_folders(parent: Path) -> list[Path]:
+    """Those without any file. Beside categories they were meant to be such and aren't to be passed by in silence."""
+    return [folder for folder in subfolders(parent) if not any(files for _, _, files in os.walk(folder))]
 
 
 def _is_good(kind: Path) -> bool:
@@ -169,5 +173,5 @@ def scan_plain(root: Path) -> Catalogue:
     for image in walk_images(root):
         inside = image.relative_to(root).parts
         train.append(Sample(image, inside[0] if len(inside) > 1 else own))
-    categories = {folder.name for folder in subfolders(root)} | {sample.category for sample in train}
+    categories = {folder.name for folder in _empty_folders(root)} | {sample.category for sample in train}
     return Catalogue(train, [], sorted(categories, key=natural_key))

@@ -361,6 +361,14 @@ def test_empty_first_level_folder_of_a_plain_folder_is_named(tmp_path):
         scan(tmp_path, need="train")
 
 
+def test_folder_of_other_files_in_a_plain_folder_is_passed_by(tmp_path):
+    image(tmp_path / "a" / "0.png")
+    for file in ("notes/notes.txt", "docs/deep/list.csv"):
+        (tmp_path / file).parent.mkdir(parents=True)
+        (tmp_path / file).touch()
+    assert scan(tmp_path, need="train").categories == ["a"]
+
+
 def test_need_of_test_images(tmp_path):
     image(tmp_path / "c" / "train" / "good" / "0.png")
     with pytest.raises(ValueError, match="no test image"):
