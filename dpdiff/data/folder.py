@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 
 from dpdiff.data.listed import is_real_iad, is_visa, scan_real_iad, scan_visa
@@ -23,7 +24,7 @@ def scan(root: str | os.PathLike, layout: str = "auto", need: str | None = None)
       below, or ``root`` is one itself. Known too: good images called ok or normal (BTAD), a mask ``<name>.*`` (VisA
       converted, BTAD, MANTA), a folder of masks ``<name>/*`` (MVTec LOCO), ``test_public/<kind>/*`` with
       ``test_public/ground_truth/<kind>/*`` (MVTec AD 2), and ``<kind>/img/*`` with ``<kind>/label/*`` (BMAD).
-      ``validation`` folders are not used.
+      Images that lie in ``train`` itself, beside ``test``, are good. ``validation`` folders are not used.
     - ``"visa"``: VisA as published, ``split_csv/1cls.csv`` and the files it names.
     - ``"real-iad"``: Real-IAD and Real-IAD Variety as published, one JSON file per category and the images of one
       resolution (the largest there is). A view of a defective object in which no defect is marked counts as good, as
@@ -35,7 +36,8 @@ def scan(root: str | os.PathLike, layout: str = "auto", need: str | None = None)
     (2 before 10) and the same on every machine.
 
     need: ``"train"`` refuses a category without training images, ``"test"`` a data set without test images, None
-    only one without any image.
+    only one without any image. All but ``"train"`` refuse images that lie in ``test`` itself, which nothing tells to be
+    good or defective.
 
     Raises FileNotFoundError for a missing folder and ValueError for one that holds no such data set, in one line.
     """
@@ -44,7 +46,12 @@ def scan(root: str | os.PathLike, layout: str = "auto", need: str | None = None)
         raise FileNotFoundError(f"data folder {root} does not exist")
     if not root.is_dir():
         raise ValueError(f"data folder {root} is a file, not a folder")
-    layouts = {"mvtec": scan_mvtec, "visa": scan_visa, "real-iad": scan_real_iad, "plain": scan_plain}
+    layouts = {
+        "mvtec": partial(scan_mvtec, need=need),
+        "visa": scan_visa,
+        "real-iad": scan_real_iad,
+        "plain": scan_plain,
+    }
     if layout != "auto" and layout not in layouts:
         raise ValueError(f"layout must be one of auto, {', '.join(layouts)}, got {layout!r}")
     if need not in (None, "train", "test"):
@@ -53,14 +60,14 @@ def scan(root: str | os.PathLike, layout: str = "auto", need: str | None = None)
         layout = _recognise(root)
     catalogue = layouts[layout](root)
 
-    if not catalogue.train and not catalogue.test:
-        raise ValueError(f"data folder {root} holds no image")
     if need == "train":
         trained = {sample.category for sample in catalogue.train}
         empty = [category for category in catalogue.categories if category not in trained]
         if empty:
             more = f" (and {len(empty) - 1} more categories)" if len(empty) > 1 else ""
             raise ValueError(f"category {empty[0]!r} of {root} has no training images{more}")
+    if not catalogue.train and not catalogue.test:
+        raise ValueError(f"data folder {root} holds no image")
     if need == "test" and not catalogue.test:
         raise ValueError(f"data folder {root} holds no test image: expected <category>/test/<kind>/*")
     return catalogue
@@ -79,7 +86,7 @@ def _recognise(root: Path) -> str:
 # MVTec-AD style
 
 
-def scan_mvtec(root: Path) -> Catalogue:
+def scan_mvtec(root: Path, need: str | None = None) -> Catalogue:
     folders = _find_categories(root, _DEPTH)
     parents = {folder.parent for folder in folders}
     if root in folders:
@@ -91,15 +98,19 @@ def scan_mvtec(root: Path) -> Catalogue:
     catalogue = Catalogue(categories=sorted(named, key=natural_key))
     for category in catalogue.categories:
         catalogue.train += [Sample(image, category) for image in _training_images(named[category])]
-        catalogue.test += _test_samples(named[category], category)
+        catalogue.test += _test_samples(named[category], category, need)
     return catalogue
 
 
 def _find_categories(folder: Path, depth: int) -> list[Path]:
-    """The folders at or below ``folder`` that have train/good or test/<kind>; train alone may be a class of images."""
+    """The folders at or below ``folder`` that have train/good, test/<kind>, or train beside test.
+
+    One of these two alone, without kinds, may be a class of images.
+    """
     children = {child.name: child for child in subfolders(folder)}
-    good = "train" in children and any(_is_good(kind) for kind in subfolders(children["train"]))
-    if good or any(name in children and subfolders(children[name]) for name in _TEST_NAMES):
+    tests = [children[name] for name in _TEST_NAMES if name in children]
+    split = "train" in children and (tests or any(_is_good(kind) for kind in subfolders(children["train"])))
+    if split or any(subfolders(test) for test in tests):
         return [folder]
     if depth == 0:
         return []
@@ -124,12 +135,16 @@ def _training_images(category: Path) -> list[Path]:
     return [image for folder in folders for image in walk_images(folder)]
 
 
-def _test_samples(category: Path, name: str) -> list[Sample]:
+def _test_samples(category: Path, name: str, need: str | None) -> list[Sample]:
     samples = []
     for test in (category / t for t in _TEST_NAMES):
         if not test.is_dir():
             continue
-        for kind in subfolders(test):
+        kinds = subfolders(test)
+        if not kinds and need != "train" and any(walk_images(test)):
+            expected = f"{test.name}/good/* and {test.name}/<kind>/*"
+            raise ValueError(f"images lie loose in {test}: expected {expected}; if all are good, give {test} alone")
+        for kind in kinds:
             if _is_good(kind):
                 images = kind / "img" if (kind / "img").is_dir() else kind
                 samples += [Sample(image, name) for image in walk_images(images)]

@@ -303,6 +303,41 @@ def test_order_is_that_of_names_not_of_the_disk(tmp_path):
     assert [s.image.stem for s in scan(tmp_path).train] == ["a", "b1", "B2", "b10"]
 
 
+@pytest.mark.parametrize("categories", [[""], ["cat", "dog"]])
+@pytest.mark.parametrize("test", ["test", "test_public"])
+def test_split_without_kinds_is_trained_on_its_train_images_alone(tmp_path, categories, test):
+    root = tmp_path / "pets"
+    for category in categories:
+        image(root / category / "train" / "0.png")
+        image(root / category / test / "1.png")
+    found = scan(root, need="train")
+    assert found.categories == [category or "pets" for category in categories]
+    assert [s.image for s in found.train] == [root / category / "train" / "0.png" for category in categories]
+    assert found.test == []
+
+
+@pytest.mark.parametrize("need", ["test", None])
+@pytest.mark.parametrize("train", ["train", "train/good"])
+def test_test_images_without_kinds_are_not_taken_for_good_or_defective(tmp_path, train, need):
+    image(tmp_path / train / "0.png")
+    image(tmp_path / "test" / "1.png")
+    with pytest.raises(ValueError, match=r"lie loose in .*/test: expected test/good/\* and test/<kind>/\*"):
+        scan(tmp_path, need=need)
+
+
+def test_test_images_are_not_trained_on_for_want_of_others(tmp_path):
+    image(tmp_path / "test" / "1.png")
+    image(tmp_path / "train" / "batch" / "0.png")
+    with pytest.raises(ValueError, match="no training images"):
+        scan(tmp_path, need="train")
+
+
+def test_a_folder_called_test_alone_is_plain(tmp_path):
+    """LSUN's crops are distributed so."""
+    image(tmp_path / "LSUN" / "test" / "0.png")
+    assert len(scan(tmp_path / "LSUN").train) == 1
+
+
 def test_links_to_folders_are_followed_but_not_in_circles(tmp_path):
     image(tmp_path / "elsewhere" / "0.png")
     root = tmp_path / "root"
