@@ -230,8 +230,9 @@ class Sinkhorn {
 
   // False where a sum or a scaling leaves what float32 can tell.
   bool iterate_scaled() {
-    for (int64_t j = 0; j < width_; ++j) {  // g = 0: the scalings undo g0
-      columns_.moved[j] = columns_.weight[j] * (columns_.base[j] == 0 ? 1.0f : float(::exp2(-columns_.base[j] * scale_)));
+    for (int64_t j = 0; j < width_; ++j) {  // g = 0: the scalings undo g0, infinite ones too where there is no weight
+      const bool plain = columns_.weight[j] == 0 || columns_.base[j] == 0;
+      columns_.moved[j] = columns_.weight[j] * (plain ? 1.0f : float(::exp2(-columns_.base[j] * scale_)));
     }
     vfloat carried = broadcast(columns_.carried() / kWidth);
     const bool light = std::max(rows_.mass, columns_.mass) <= kMostMass;

@@ -108,14 +108,18 @@ struct Side {
   // float32.
   bool trusted(float carried, Extent& scalings) const {
     Extent all;
+    vint wrong{};  // where a sum is too large, or NaN, which extents pass over
     for (int64_t i = 0; i < padded; i += kWidth) {
       const vint present = load(weight + i) > vfloat{};
-      all.include(load(sums + i), present);
+      const vfloat sum = load(sums + i);
+      wrong |= present & ~(sum < broadcast(0x1p120f));
+      all.include(sum, present);
       scalings.include(load(scaling + i), present);
     }
-    const float low = all.least();
-    return low == INFINITY || (low >= kLeastSum * carried && low >= kTiny && all.greatest() < 0x1p120f &&
-                               scalings.least() >= 0x1p-100f && scalings.greatest() < 0x1p100f);
+    if (any(wrong)) return false;
+    const float low = all.least();  // infinite where nothing is present
+    return low == INFINITY || (low >= kLeastSum * carried && low >= kTiny && scalings.least() >= 0x1p-100f &&
+                               scalings.greatest() < 0x1p100f);
   }
 
   float carried() const {

@@ -221,8 +221,9 @@ class Sinkhorn : SinkhornBlock<Team, kLanes, kQuads> {
 
   // False where a sum or a scaling leaves what float32 can tell.
   DPDIFF_DEVICE bool iterate(Sinkhorn& slow) {
-    for_points(columns_.n, [&](int j) {  // g = 0: the scalings undo g0
-      columns_.moved()[j] = fmaxf(columns_.weight()[j], 0.0f) * exp2f(-columns_.high()[j] * scale_);
+    for_points(columns_.n, [&](int j) {  // g = 0: the scalings undo g0, infinite ones too where there is no weight
+      const float weight = columns_.weight()[j];
+      columns_.moved()[j] = weight > 0 ? weight * exp2f(-columns_.high()[j] * scale_) : 0.0f;
     });
     team_.sync();
     bool good = true;
@@ -230,7 +231,7 @@ class Sinkhorn : SinkhornBlock<Team, kLanes, kQuads> {
       update_rows();
       const Stats rows = folded_stats();
       if (state_.used > 0 && rows.error + state_.stranded < task_.tol) break;
-      good = rows.bad == 0;
+      good = rows.bad == 0 && rows.moved < INFINITY;  // extents pass over a NaN
       if (!good) break;
       rows_.now ^= 1;
       const Extents columns = update_columns();

@@ -34,3 +34,17 @@ def points(n, m, d, *batch, seed=0, dtype=torch.float64):
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(*batch, n, d, generator=generator, dtype=dtype)
     return x, torch.randn(*batch, m, d, generator=generator, dtype=dtype) + 0.5
+
+
+def clouds_apart(n, m, eps):
+    """Clouds far from each other, and weights that leave out two points of each: those in the midst of the other, which
+    are nearer than all others by more than 100 eps."""
+    x, y = points(n, m, 2, dtype=torch.float32)
+    x, y = 0.1 * x, 0.1 * y + torch.tensor([1.0, 0.0])
+    x[1], x[n - 2], y[0], y[m - 2] = y[2], y[3], x[2], x[3]
+    _, a, b = random_problem(n, m, dtype=torch.float32)
+    a[[1, n - 2]] = b[[0, m - 2]] = 0
+    cost = torch.cdist(x.double(), y.double()).square()
+    weighted = cost[a > 0][:, b > 0]
+    assert weighted.min() > 100 * eps + max(cost[a > 0][:, b == 0].amin(0).max(), cost[a == 0][:, b > 0].amin(1).max())
+    return x, y, normalised(a), normalised(b)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from sinkhorn_problems import clouds_apart
 from torch.testing import assert_close
 
 import dpdiff_kernels as dk
@@ -165,6 +166,16 @@ def test_zero_weights_forbidden_and_infeasible_pairs(solve, size):
         assert not t.plan[cost == math.inf].any() and t.error[1] >= 0.99 * a[1, 4]
     relaxed = {"eps": 0.1, "n_iters": 30, "tau_a": 0.2, "tau_b": 0.2, "tol": 1e-2}
     assert_agrees(solve(cost, a, b, **relaxed, size=size), in_float64(cost, a, b, **relaxed))
+
+
+@pytest.mark.parametrize("tau", TAUS)
+def test_near_columns_without_weight_change_nothing(solve, tau):
+    x, y, a, b = clouds_apart(20, 15, eps=2e-3)
+    cost = torch.cdist(x.double(), y.double()).square().float()
+    for n_iters in (1, 3):
+        options = {"eps": 2e-3, "n_iters": n_iters, "tau_a": tau[0], "tau_b": tau[1]}
+        inputs = cost[None], a[None], b[None]
+        assert_agrees(solve(*inputs, **options, size=2), in_float64(*inputs, **options), potential=2e-6)
 
 
 @pytest.mark.parametrize("width", [10, 140])

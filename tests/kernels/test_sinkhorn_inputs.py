@@ -7,7 +7,7 @@ import torch
 from cpu_backends import each_backend
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sinkhorn_problems import objective, random_problem
+from sinkhorn_problems import clouds_apart, objective, random_problem
 
 import dpdiff_kernels as dk
 
@@ -32,6 +32,31 @@ def test_zero_weights(backend):
         g = -eps * (((small.f.double() - cost[keep_a].double().T) / eps) + a[keep_a].double().log()).logsumexp(1)
         torch.testing.assert_close(t.f, f.float(), rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(t.g, g.float(), rtol=1e-5, atol=1e-6)
+
+
+@each_backend
+@pytest.mark.parametrize("tau", [(None, None), (0.5, None), (0.5, 0.8)])
+@pytest.mark.parametrize(("n", "m"), [(6, 5), (50, 40)])
+def test_near_columns_without_weight_change_nothing(backend, tau, n, m):
+    eps = 2e-3
+    x, y, a, b = clouds_apart(n, m, eps)
+    cost = torch.cdist(x.double(), y.double()).square().float()
+    for n_iters in (1, 2, 5):
+        options = {"eps": eps, "n_iters": n_iters, "tau_a": tau[0], "tau_b": tau[1]}
+        inputs = [z.clone().requires_grad_() for z in (cost, a, b)]
+        wide = [z.double().requires_grad_() for z in (cost, a, b)]
+        t = dk.sinkhorn(*inputs, **options, backend=backend)
+        exact = dk.sinkhorn(*wide, **options)
+        for name in ("f", "g", "value", "cost", "error"):
+            torch.testing.assert_close(getattr(t, name), getattr(exact, name).float(), rtol=1e-5, atol=2e-6)
+        torch.testing.assert_close(t.plan, exact.plan.float(), rtol=0, atol=1e-4 * exact.plan.max().item())
+        for names in (("value",), ("f", "g"), ("plan", "cost")):
+            grads, expected = (
+                torch.autograd.grad(sum(getattr(r, name).sin().sum() for name in names), z, retain_graph=True)
+                for r, z in ((t, inputs), (exact, wide))
+            )
+            for z, w in zip(grads, expected):
+                torch.testing.assert_close(z.double(), w.double(), rtol=1e-3, atol=1e-3 * w.abs().max().item())
 
 
 @each_backend

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 from cpu_backends import each_backend, needs_cpp
-from sinkhorn_problems import normalised, points, random_problem
+from sinkhorn_problems import clouds_apart, normalised, points, random_problem
 
 import dpdiff_kernels as dk
 from dpdiff_kernels import reference
@@ -68,6 +68,26 @@ def test_gradcheck_of_points(metric, monkeypatch):
     assert torch.autograd.gradcheck(value, [*inputs[:4], inputs[4].detach()])
 
 
+TAUS = [(None, None), (0.5, None), (0.5, 0.8)]
+
+
+@each_backend
+@pytest.mark.parametrize("tau", TAUS)
+@pytest.mark.parametrize(("n", "m"), [(6, 5), (50, 40)])
+def test_near_points_without_weight_change_nothing(backend, tau, n, m):
+    eps = 2e-3
+    x, y, a, b = clouds_apart(n, m, eps)
+    v = torch.randn(m, 3)
+    for n_iters in (1, 2, 5):
+        options = {"eps": eps, "n_iters": n_iters, "tau_a": tau[0], "tau_b": tau[1]}
+        u = dk.sinkhorn_points(x, y, a, b, **options, backend=backend)
+        exact = dk.sinkhorn_points(*(z.double() for z in (x, y, a, b)), **options)
+        for name in ("f", "g", "value"):
+            torch.testing.assert_close(getattr(u, name), getattr(exact, name).float(), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(u.error, exact.error, rtol=2e-3, atol=2e-3)
+        torch.testing.assert_close(u.apply(v), exact.apply(v).float(), rtol=2e-3, atol=2e-3)
+
+
 def points_gradients(inputs, backend, outputs, **options):
     x, y, a, b, v = inputs = [z.detach().clone().requires_grad_() for z in inputs]
     u = dk.sinkhorn_points(x, y, a, b, **options, backend=backend)
@@ -96,6 +116,22 @@ def test_native_gradients_of_points_agree_with_the_reference(metric, outputs, ta
                 assert z is None or not z.any()
             else:
                 torch.testing.assert_close(z.double(), w, rtol=2e-4, atol=2e-4 * w.abs().max().item() + 1e-5)
+
+
+@needs_cpp
+@pytest.mark.parametrize("tau", TAUS)
+def test_native_gradients_with_near_points_without_weight(tau):
+    x, y, a, b = clouds_apart(20, 18, eps=2e-3)
+    inputs = x, y, a, b, torch.randn(18, 3)
+    options = {"eps": 2e-3, "n_iters": 3, "tau_a": tau[0], "tau_b": tau[1]}
+    for outputs in (("value",), ("f", "g"), ("applied",)):
+        results = points_gradients(inputs, "cpp", outputs, **options)
+        expected = points_gradients([z.double() for z in inputs], "reference", outputs, **options)
+        for z, w in zip(results, expected):
+            if w is None:
+                assert z is None or not z.any()
+            else:
+                torch.testing.assert_close(z.double(), w, rtol=5e-3, atol=5e-3 * w.abs().max().item())
 
 
 @needs_cpp
