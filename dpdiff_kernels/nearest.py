@@ -247,11 +247,11 @@ def _register_fakes() -> None:
     def _(tokens, prototypes, k, metric, temperature, groups, active_groups):
         shape = (tokens.shape[0], tokens.shape[1], k)
         dtypes = torch.float32, torch.int64, torch.float32
-        return torch.empty_like(tokens), *(tokens.new_empty(shape, dtype=dtype) for dtype in dtypes)
+        return tokens.new_empty(tokens.shape), *(tokens.new_empty(shape, dtype=dtype) for dtype in dtypes)
 
     @torch.library.register_fake("dpdiff::nearest_backward")
     def _(tokens, prototypes, indices, scores, weights, grad_values, grad_scores, metric, temperature, *wanted):
-        return tuple(torch.empty_like(t) if want else t.new_empty(0) for t, want in zip((tokens, prototypes), wanted))
+        return tuple(t.new_empty(t.shape if want else 0) for t, want in zip((tokens, prototypes), wanted))
 
     @torch.library.register_fake("dpdiff::prototype_statistics")
     def _(tokens, prototypes, metric, weights, with_inertia):

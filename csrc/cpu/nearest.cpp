@@ -20,6 +20,11 @@ namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+typedef std::optional<Tensor> MaybeTensor;
+
+// The kernels know no strides.
+Tensor dense(const Tensor& tensor) { return torch::stable::contiguous(tensor); }
+MaybeTensor dense(const MaybeTensor& tensor) { return tensor ? MaybeTensor(dense(*tensor)) : std::nullopt; }
 
 Metric parse_metric(const std::string& name) {
   if (name == "cosine") return Metric::cosine;
@@ -38,7 +43,8 @@ Dtype dtype_of(const Tensor& tensor) {
 }
 
 // The prototypes whose group is active, for each image.
-Routes route(const Tensor& groups, const Tensor& active_groups, int64_t k) {
+Routes route(const Tensor& groups_, const Tensor& active_groups_, int64_t k) {
+  const Tensor groups = dense(groups_), active_groups = dense(active_groups_);
   const int64_t n_prototypes = groups.size(0), n_batch = active_groups.size(0), n_active = active_groups.size(1);
   const int64_t* group = groups.const_data_ptr<int64_t>();
   std::vector<int32_t> by_group(n_prototypes);
@@ -69,8 +75,7 @@ Routes route(const Tensor& groups, const Tensor& active_groups, int64_t k) {
 }
 
 void search(const Tensor& tokens, const Tensor& prototypes, int64_t k, const std::string& metric, double temperature,
-            const std::optional<Tensor>& groups, const std::optional<Tensor>& active_groups, Tensor* scores,
-            Tensor& indices, Tensor* values, Tensor* weights) {
+            const MaybeTensor& groups, const MaybeTensor& active_groups, Tensor* scores, Tensor& indices, Tensor* values, Tensor* weights) {
   Nearest in;
   in.tokens = tokens.const_data_ptr();
   in.prototypes = prototypes.const_data_ptr();
@@ -88,38 +93,45 @@ void search(const Tensor& tokens, const Tensor& prototypes, int64_t k, const std
   in.values = values == nullptr ? nullptr : values->mutable_data_ptr();
   in.weights = weights == nullptr ? nullptr : weights->mutable_data_ptr<float>();
   STD_TORCH_CHECK(in.n_prototypes <= std::numeric_limits<int32_t>::max(), "more than 2^31 - 1 prototypes");
-  STD_TORCH_CHECK(k >= 1 && (k <= in.n_prototypes || tokens.numel() == 0), "k is ", k, " of ", in.n_prototypes, " prototypes");
+  STD_TORCH_CHECK(k >= 1 && (k <= in.n_prototypes || tokens.numel() == 0), "k is ", k, " of ", in.n_prototypes,
+                  " prototypes");
   Routes routes;
   if (groups.has_value()) routes = route(*groups, *active_groups, k);
   in.routes = groups.has_value() ? &routes : nullptr;
   DPDIFF_DISPATCH(nearest)(in);
 }
 
-std::tuple<Tensor, Tensor> nearest_prototype(Tensor tokens, Tensor prototypes, int64_t k, std::string metric,
-                                             std::optional<Tensor> groups, std::optional<Tensor> active_groups) {
+std::tuple<Tensor, Tensor> nearest_prototype(const Tensor& tokens_, const Tensor& prototypes, int64_t k,
+                                             const std::string& metric, const MaybeTensor& groups,
+                                             const MaybeTensor& active_groups) {
+  const Tensor tokens = dense(tokens_);
   const std::vector<int64_t> shape{tokens.size(0), tokens.size(1), k};
   Tensor scores = torch::stable::new_empty(tokens, shape, ScalarType::Float);
   Tensor indices = torch::stable::new_empty(tokens, shape, ScalarType::Long);
-  search(tokens, prototypes, k, metric, 1, groups, active_groups, &scores, indices, nullptr, nullptr);
+  search(tokens, dense(prototypes), k, metric, 1, groups, active_groups, &scores, indices, nullptr, nullptr);
   return {scores, indices};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> aggregate_nearest(Tensor tokens, Tensor prototypes, int64_t k,
-                                                             std::string metric, double temperature,
-                                                             std::optional<Tensor> groups,
-                                                             std::optional<Tensor> active_groups) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> aggregate_nearest(const Tensor& tokens_, const Tensor& prototypes, int64_t k,
+                                                             const std::string& metric, double temperature,
+                                                             const MaybeTensor& groups, const MaybeTensor& active_groups) {
+  const Tensor tokens = dense(tokens_);
   const std::vector<int64_t> shape{tokens.size(0), tokens.size(1), k};
   Tensor values = torch::stable::empty_like(tokens);
   Tensor scores = torch::stable::new_empty(tokens, shape, ScalarType::Float);
   Tensor indices = torch::stable::new_empty(tokens, shape, ScalarType::Long);
   Tensor weights = torch::stable::empty_like(scores);
-  search(tokens, prototypes, k, metric, temperature, groups, active_groups, &scores, indices, &values, &weights);
+  search(tokens, dense(prototypes), k, metric, temperature, groups, active_groups, &scores, indices, &values, &weights);
   return {values, scores, indices, weights};
 }
 
-std::tuple<Tensor, Tensor> nearest_backward(Tensor tokens, Tensor prototypes, Tensor indices, Tensor scores,
-                                            std::optional<Tensor> weights, std::optional<Tensor> grad_values, std::optional<Tensor> grad_scores,
-                                            std::string metric, double temperature, bool of_tokens, bool of_prototypes) {
+std::tuple<Tensor, Tensor> nearest_backward(const Tensor& tokens_, const Tensor& prototypes_, const Tensor& indices_,
+                                            const Tensor& scores_, const MaybeTensor& weights_,
+                                            const MaybeTensor& grad_values_, const MaybeTensor& grad_scores_,
+                                            const std::string& metric, double temperature, bool of_tokens,
+                                            bool of_prototypes) {
+  const Tensor tokens = dense(tokens_), prototypes = dense(prototypes_), indices = dense(indices_), scores = dense(scores_);
+  const MaybeTensor weights = dense(weights_), grad_values = dense(grad_values_), grad_scores = dense(grad_scores_);
   const std::vector<int64_t> nothing{0};
   Tensor grad_tokens = of_tokens ? torch::stable::empty_like(tokens) : torch::stable::new_empty(tokens, nothing);
   Tensor grad_prototypes =
@@ -151,8 +163,11 @@ std::tuple<Tensor, Tensor> nearest_backward(Tensor tokens, Tensor prototypes, Te
   return {grad_tokens, grad_prototypes};
 }
 
-std::tuple<Tensor, Tensor, Tensor> prototype_statistics(Tensor tokens, Tensor prototypes, std::string metric,
-                                                        std::optional<Tensor> weights, bool with_inertia) {
+std::tuple<Tensor, Tensor, Tensor> prototype_statistics(const Tensor& tokens_, const Tensor& prototypes_,
+                                                        const std::string& metric, const MaybeTensor& weights_,
+                                                        bool with_inertia) {
+  const Tensor tokens = dense(tokens_), prototypes = dense(prototypes_);
+  const MaybeTensor weights = dense(weights_);
   const int64_t n = tokens.size(0), d = tokens.size(1), n_prototypes = prototypes.size(0);
   Tensor scores = torch::stable::new_empty(tokens, std::vector<int64_t>{1, n, 1}, ScalarType::Float);
   Tensor indices = torch::stable::new_empty(tokens, std::vector<int64_t>{1, n, 1}, ScalarType::Long);

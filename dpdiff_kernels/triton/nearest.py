@@ -87,6 +87,7 @@ def _search(
     with_goodness: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """scores (B, N, k) float32, indices (B, N, k), goodness (B, N, k) float64 (empty where not wanted)."""
+    tokens, prototypes = tokens.contiguous(), prototypes.contiguous()
     n_batch, n, d = tokens.shape
     n_prototypes = prototypes.shape[-2]
     shared, routed = prototypes.dim() == 2, groups is not None
@@ -189,6 +190,7 @@ def aggregate_nearest(
     groups: Tensor | None,
     active_groups: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    tokens, prototypes = tokens.contiguous(), prototypes.contiguous()
     scores, indices, goodness = _search(tokens, prototypes, k, metric, groups, active_groups, with_goodness=True)
     values, weights = torch.empty_like(tokens), torch.empty_like(scores)
     n_batch, n, d = tokens.shape
@@ -225,6 +227,10 @@ def nearest_backward(
     of_tokens: bool,
     of_prototypes: bool,
 ) -> tuple[Tensor, Tensor]:
+    tokens, prototypes, indices, scores = (t.contiguous() for t in (tokens, prototypes, indices, scores))
+    weights, grad_values, grad_scores = (
+        None if t is None else t.contiguous() for t in (weights, grad_values, grad_scores)
+    )
     n_batch, n, k = indices.shape
     d, n_prototypes = tokens.shape[2], prototypes.shape[-2]
     n_rows = n_batch * n
@@ -262,6 +268,8 @@ def nearest_backward(
 def prototype_statistics(
     tokens: Tensor, prototypes: Tensor, metric: str, weights: Tensor | None, with_inertia: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
+    tokens, prototypes = tokens.contiguous(), prototypes.contiguous()
+    weights = None if weights is None else weights.contiguous()
     scores, indices, _ = _search(tokens.unsqueeze(0), prototypes, 1, metric, None, None, with_goodness=False)
     n_prototypes, d = prototypes.shape
     sums = torch.zeros_like(prototypes, dtype=torch.float32)

@@ -296,7 +296,8 @@ def _cost_gradient(
 
 
 def _pair(x: Tensor) -> tuple[Tensor, Tensor]:
-    """float64 as the sum of two float32, and an infinity as itself and 0."""
+    """float64 as the sum of two float32, and an infinity as itself and 0; contiguous."""
+    x = x.contiguous()
     high = x.float()
     return high, torch.where(high.isfinite(), x - high.double(), 0).float()
 
@@ -404,7 +405,7 @@ def sinkhorn_backward(
     tau_b: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As dpdiff::sinkhorn_backward."""
-    cost, a, b = (x.contiguous() for x in (cost, a, b))
+    cost, a, b, used = (x.contiguous() for x in (cost, a, b, used))
     with on_device(cost):
         costs = _Costs(cost, eps)
         f, g, _ = costs.iterate(a, b, n_iters, None, tau_a, tau_b, keep_all=True)

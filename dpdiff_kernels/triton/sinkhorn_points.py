@@ -157,6 +157,7 @@ class _Points:
     """Launches on one batch of points x (B, N, D) and y (B, M, D)."""
 
     def __init__(self, x: Tensor, y: Tensor, eps: float, metric: str):
+        x, y = x.contiguous(), y.contiguous()
         self.eps, self.scale = eps, 1.4426950408889634 / eps
         self.batch, self.dim, self.l2 = x.shape[0], x.shape[2], metric == "l2"
         self.good = torch.ones(x.shape[0], dtype=torch.bool, device=x.device)
@@ -165,7 +166,7 @@ class _Points:
         if self.l2 and y.shape[1]:  # distances stay, and products get smaller
             centre = y.mean(1, keepdim=True)
             x, y = x - centre, y - centre
-        self.points = x.contiguous(), y.contiguous()
+        self.points = x, y
         self.own = tuple(  # what of the cost belongs to one point
             p.square().sum(-1, dtype=torch.float64)
             if self.l2
@@ -179,7 +180,7 @@ class _Points:
         return torch.where(self.good, 0.0, float("nan"))[:, None, None]
 
     def _bias(self, h: Tensor, side: int) -> Tensor:
-        return ((h - self.own[side]) * self.scale).float()
+        return ((h.contiguous() - self.own[side]) * self.scale).float()
 
     def iterate(self, a, b, n_iters, tol, tau_a, tau_b, keep_all=False):
         logs = self.eps * a.double().log(), self.eps * b.double().log()

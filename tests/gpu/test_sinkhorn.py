@@ -221,6 +221,23 @@ def test_points_and_their_gradients(device, metric, shape, tau, outputs):
             assert_close(x.double(), y, rtol=2e-4, atol=2e-4 * y.abs().max().item() + 1e-9)
 
 
+@pytest.mark.parametrize("metric", ["l2", "cosine"])
+def test_points_and_weights_of_any_stride(device, metric):
+    x, y = (z.transpose(0, 1).contiguous().transpose(0, 1) for z in clouds(8, 6, 3, 2, device))
+    a, b = (w.T.contiguous().T for w in problem(2, 8, 6, device=device)[1:])
+    v = torch.randn(2, 6, 4).to(device)
+    u = dk.sinkhorn_points(x, y, a, b, 0.5, 3, metric=metric, backend="triton")
+    dense = dk.sinkhorn_points(*(z.contiguous() for z in (x, y, a, b)), 0.5, 3, metric=metric, backend="triton")
+    assert all(torch.equal(z, w) for z, w in zip((*u[:5], u.apply(v)), (*dense[:5], dense.apply(v))))
+    used = torch.tensor([3, 0, 1, 0], device=device)[::2]
+    cost, grad = torch.rand(2, 8, 6, device=device), torch.rand(2, 8, device=device)
+    backward = torch.ops.dpdiff_triton.sinkhorn_backward
+    strided, expected = (
+        backward(cost, a, b, steps, None, grad, None, None, 0.5, 3, None, None) for steps in (used, used.contiguous())
+    )
+    assert all(torch.equal(z, w) for z, w in zip(strided, expected))
+
+
 def test_points_far_from_the_origin_and_at_small_eps(device):
     x, y = clouds(40, 33, 4, 2, device)
     near = dk.sinkhorn_points(x.double(), y.double(), eps=0.05, n_iters=3)

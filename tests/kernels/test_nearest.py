@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from functools import partial
 
 import faiss
 import numpy as np
@@ -108,6 +109,27 @@ def test_active_groups(backend, metric, shared, k):
         tokens, prototypes, k, metric, groups=groups, active_groups=active, backend=backend
     )
     assert torch.equal(aggregated.indices, result.indices) and torch.equal(aggregated.scores, result.scores)
+
+
+@each_backend
+def test_routes_of_any_stride(backend):
+    tokens, prototypes = random(3, 8, 5), random(24, 5, seed=1)
+    groups = torch.randint(4, (24,), generator=torch.Generator().manual_seed(2))
+    active = torch.tensor([[0, 3], [1, -1], [2, 2]])
+    one_group, everywhere = torch.zeros(1, dtype=torch.int64).expand(24), torch.tensor([0, 3]).expand(3, 2)
+    for strided_groups, strided_active in (
+        (groups.repeat_interleave(2)[::2], active),
+        (groups, active.T.contiguous().T),
+        (groups, everywhere),
+        (one_group, torch.zeros(1, 1, dtype=torch.int64).expand(3, 2)),
+    ):
+        for operator in (dk.nearest_prototype, dk.aggregate_nearest):
+            call = partial(operator, tokens, prototypes, 2, backend=backend)
+            expected = call(groups=strided_groups.contiguous(), active_groups=strided_active.contiguous())
+            found = call(groups=strided_groups, active_groups=strided_active)
+            assert all(torch.equal(x, y) for x, y in zip(found, expected))
+    free = dk.nearest_prototype(tokens, prototypes, 2, backend=backend)
+    assert torch.equal(found.indices, free.indices)  # one group of all: as without groups
 
 
 @each_backend
