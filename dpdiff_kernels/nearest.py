@@ -167,7 +167,7 @@ def prototype_statistics(
         check_shape("weights", weights, tuple(tokens.shape[:-1]))
         if weights.device != tokens.device:
             raise ValueError(f"weights is on {weights.device}: expected {tokens.device}, where tokens is")
-    if prototypes.shape[0] == 0 and tokens.numel() > 0:
+    if prototypes.shape[0] == 0 and math.prod(tokens.shape[:-1]) > 0:
         raise ValueError("prototypes is empty: expected at least 1 prototype for the tokens given")
     implementation = _implementation("prototype_statistics", select(backend, _BACKENDS, tokens, prototypes))
     tokens = tokens.detach().reshape(math.prod(tokens.shape[:-1]), tokens.shape[-1]).contiguous()

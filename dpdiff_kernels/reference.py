@@ -104,6 +104,8 @@ def _nearest_indices(
                     raise ValueError(f"{few}: expected at least k={k}")
         available = available.unsqueeze(1)
     n_batch, n_tokens, n_prototypes = tokens.shape[0], tokens.shape[1], prototypes.shape[-2]
+    if n_prototypes == 0:  # of no token
+        return torch.zeros(n_batch, n_tokens, k, dtype=torch.int64, device=tokens.device)
     if torch.compiler.is_compiling() or n_batch * n_tokens * n_prototypes <= _SCORES_PER_CHUNK:
         return _nearest_in_chunk(tokens, prototypes, k, metric, available)
     chunk = max(1, _SCORES_PER_CHUNK // (n_batch * n_prototypes))

@@ -93,7 +93,7 @@ void search(const Tensor& tokens, const Tensor& prototypes, int64_t k, const std
   in.values = values == nullptr ? nullptr : values->mutable_data_ptr();
   in.weights = weights == nullptr ? nullptr : weights->mutable_data_ptr<float>();
   STD_TORCH_CHECK(in.n_prototypes <= std::numeric_limits<int32_t>::max(), "more than 2^31 - 1 prototypes");
-  STD_TORCH_CHECK(k >= 1 && (k <= in.n_prototypes || tokens.numel() == 0), "k is ", k, " of ", in.n_prototypes,
+  STD_TORCH_CHECK(k >= 1 && (k <= in.n_prototypes || in.n_batch * in.n_tokens == 0), "k is ", k, " of ", in.n_prototypes,
                   " prototypes");
   Routes routes;
   if (groups.has_value()) routes = route(*groups, *active_groups, k);

@@ -274,11 +274,11 @@ def prototype_statistics(
     n_prototypes, d = prototypes.shape
     sums = torch.zeros_like(prototypes, dtype=torch.float32)
     counts = torch.zeros(n_prototypes, dtype=torch.float64, device=tokens.device)
-    if tokens.numel() > 0:
+    if tokens.shape[0] > 0:
         order, starts = _sort(indices.flatten(), n_prototypes)
         unused, weights_ = scores, scores if weights is None else weights
         with on_device(tokens):
-            launch(member_sums_kernel)[(n_prototypes * triton.cdiv(d, SUMS_TILE["BD"]),)](
+            launch(member_sums_kernel)[(n_prototypes * max(1, triton.cdiv(d, SUMS_TILE["BD"])),)](
                 order, starts, tokens, unused, weights_, tokens, unused, unused, prototypes, counts, sums, counts, d, 1,
                 GRADIENT=False, METRIC=metric, WEIGHTED=weights is not None, WITH_VALUES=False, **SUMS_TILE,
                 num_warps=sums_warps(arch_of(tokens.device)),

@@ -138,7 +138,7 @@ def member_sums_kernel(
     sums (K, d) = sum_e factor_e x_i, and totals (K,) float64 = sum_e factor_e, with factor 1 where not WEIGHTED; or,
     for a GRADIENT, what `token_gradients_kernel` says that the pairs add to it.
     """
-    n_chunks = tl.cdiv(d, BD)
+    n_chunks = tl.maximum(tl.cdiv(d, BD), 1)  # without channels there still are totals
     j, chunk = (tl.program_id(0) // n_chunks).to(tl.int64), tl.program_id(0) % n_chunks
     channel = chunk * BD + tl.arange(0, BD)
     begin, end = tl.load(starts + j), tl.load(starts + j + 1)

@@ -192,6 +192,14 @@ def test_operators_take_any_stride(device, layout):
         assert all(torch.equal(x, y) for x, y in zip(operator(*arguments), expected))
 
 
+@metrics
+def test_statistics_without_channels(device, metric):
+    tokens, prototypes = torch.zeros(5, 0, device=device), torch.zeros(3, 0, device=device)
+    result = dk.prototype_statistics(tokens, prototypes, metric, backend="triton")
+    assert result.counts.tolist() == [5, 0, 0] and result.sums.shape == (3, 0)
+    assert result.inertia == (5 if metric == "cosine" else 0)
+
+
 def test_nothing_to_search(device):
     for shape in [(0, 5), (3, 0, 5)]:
         result = dk.aggregate_nearest(torch.empty(shape, device=device), random(4, 5).to(device), 2, backend="triton")

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from cpu_backends import needs_cpp
 
 import dpdiff_kernels as dk
 
@@ -46,5 +47,12 @@ def test_other_errors():
         dk.prototype_statistics(torch.ones(2, 4), torch.ones(3, 4), weights=torch.ones(3))
     with pytest.raises(ValueError, match=r"prototypes has shape \(2, 3, 4\): expected \(2, 4\)"):
         dk.prototype_statistics(torch.ones(2, 2, 4), torch.ones(2, 3, 4))
-    with pytest.raises(ValueError, match="prototypes is empty"):
-        dk.prototype_statistics(torch.ones(2, 4), torch.ones(0, 4))
+    for d in (4, 0):
+        with pytest.raises(ValueError, match="prototypes is empty: expected at least 1 prototype for the tokens given"):
+            dk.prototype_statistics(torch.ones(2, d), torch.ones(0, d))
+
+
+@needs_cpp
+def test_the_native_operator_refuses_a_search_of_nothing():
+    with pytest.raises(RuntimeError, match="k is 1 of 0 prototypes"):
+        torch.ops.dpdiff.prototype_statistics(torch.ones(2, 0), torch.ones(0, 0), "l2", None, True)

@@ -40,3 +40,14 @@ def test_statistics_of_many_tokens_keep_their_precision(backend):
     assert result.counts.item() == 200_000
     np.testing.assert_allclose(result.sums.numpy(), np.full((1, 3), 200_000 * np.float64(np.float32(0.1))), rtol=2e-7)
     np.testing.assert_allclose(result.inertia.item(), 200_000 * 3 * np.float64(np.float32(0.1)) ** 2, rtol=2e-7)
+
+
+@each_backend
+@metrics
+def test_statistics_without_channels_or_tokens(backend, metric):
+    result = dk.prototype_statistics(torch.zeros(5, 0), torch.zeros(3, 0), metric=metric, backend=backend)
+    assert result.counts.tolist() == [5, 0, 0] and result.sums.shape == (3, 0)
+    assert result.inertia == (5 if metric == "cosine" else 0)
+    for d in (4, 0):
+        none = dk.prototype_statistics(torch.zeros(0, d), torch.zeros(0, d), metric=metric, backend=backend)
+        assert none.counts.shape == (0,) and none.sums.shape == (0, d) and none.inertia == 0
