@@ -60,7 +60,8 @@ def prototype_attention(
 
     Gradients reach query, banks and gate; those of a shared bank are summed over the batch, in an order that does not
     depend on the number of threads. `cpp` and `triton` recompute scores from two floats saved for each token, head and
-    softmax (with a gate, the difference of the two answers is saved too), and can't be differentiated twice.
+    softmax (with a gate, the difference of the two answers is saved too), and can't be differentiated twice. Those of
+    forward mode are on the reference; elsewhere they are a NotImplementedError.
 
     Raises:
         TypeError, ValueError: wrong types, dtypes, shapes or devices; ValueError where a batch element has no prototype
@@ -84,11 +85,12 @@ def prototype_attention(
             raise ValueError("local_key has no prototypes, and there is no global bank: expected at least one")
         local_key, local_value, global_key, global_value = global_key, global_value, None, None
         gate = groups = active_groups = None
-    backend = select(backend, ("triton", "cpp", "reference"), query)
+    banks = local_key, local_value, global_key, global_value
+    backend = select(backend, ("triton", "cpp", "reference"), query, *banks, gate)
 
     batch = math.prod(batch_shape)
     flat = query.reshape(batch, heads, n_tokens, channels)
-    banks = [_flatten_bank(bank, batch) for bank in (local_key, local_value, global_key, global_value)]
+    banks = [_flatten_bank(bank, batch) for bank in banks]
     if gate is not None:
         gate = gate.expand(*batch_shape, heads, n_tokens).reshape(batch, heads, n_tokens)
     if active_groups is not None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch.autograd import forward_ad
 
 NAMES = ("reference", "cpp", "triton", "cuda")
 
@@ -107,16 +108,18 @@ def use_backend(name: str) -> Iterator[None]:
         _forced.pop()
 
 
-def select(backend: str | None, implemented: tuple[str, ...], *tensors: torch.Tensor) -> str:
+def select(backend: str | None, implemented: tuple[str, ...], *tensors: torch.Tensor | None) -> str:
     """Returns the backend that an operator call is to run on.
 
     Args:
         backend: the call's own `backend=` keyword.
         implemented: the backends that have this operator, fastest first.
-        tensors: the operator's floating-point inputs; float64 runs on the reference only.
+        tensors: the floating-point inputs that it is differentiable in, of one dtype, None where one isn't given;
+            float64 runs on the reference only.
 
     Raises:
         ValueError: the backend asked for is unknown, isn't available, or can't take these tensors.
+        NotImplementedError: an input carries a forward-mode derivative, and the backend is another than the reference.
     """
     asked_by = "backend"
     if backend is None and _forced:
@@ -129,7 +132,7 @@ def select(backend: str | None, implemented: tuple[str, ...], *tensors: torch.Te
 
     device = tensors[0].device.type
     possible = [name for name in implemented if _runs_on(name, device)]
-    if any(t.dtype == torch.float64 for t in tensors):
+    if tensors[0].dtype == torch.float64:
         possible = ["reference"]
     if backend != "auto":
         if backend not in possible:
@@ -137,11 +140,25 @@ def select(backend: str | None, implemented: tuple[str, ...], *tensors: torch.Te
                 f"{asked_by} is {backend!r}, which can't run this call on {device} {tensors[0].dtype} tensors: "
                 f"expected one of {', '.join(possible)}"
             )
+        refuse_tangents(backend, *tensors)
         return backend
     if device == "cpu" and not _LIBRARY and "cpp" in implemented:
         _warn_once()
     # GPU kernels are tested on CPUs only; until they have run on a GPU they have to be asked for.
-    return next(name for name in possible if name not in ("triton", "cuda"))
+    backend = next(name for name in possible if name not in ("triton", "cuda"))
+    refuse_tangents(backend, *tensors)
+    return backend
+
+
+def refuse_tangents(backend: str, *tensors: torch.Tensor | None) -> None:
+    """Native operators would drop forward-mode derivatives without a word: an error instead."""
+    if forward_ad._current_level < 0 or backend == "reference":  # nearly always: costs a comparison
+        return
+    if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        raise NotImplementedError(
+            f"forward-mode derivatives are not on backend {backend!r}: expected backend='reference', which has those "
+            "of nearest_prototype, aggregate_nearest and prototype_attention"
+        )
 
 
 @torch.compiler.assume_constant_result  # torch.compile need not look into how Triton is found

@@ -51,7 +51,7 @@ def kmeans(
     check_floats(tokens=tokens)
     if tokens.dim() < 2:
         raise ValueError(f"tokens has shape {tuple(tokens.shape)}: expected (..., N, D)")
-    tokens = tokens.reshape(math.prod(tokens.shape[:-1]), tokens.shape[-1])
+    tokens = tokens.detach().reshape(math.prod(tokens.shape[:-1]), tokens.shape[-1])
     check_int("n_prototypes", n_prototypes, 1)
     check_int("n_iters", n_iters, 0)
     check_choice("metric", metric, ("l2", "cosine"))
@@ -63,7 +63,7 @@ def kmeans(
     if isinstance(init, Tensor):
         check_floats(tokens=tokens, init=init)
         check_shape("init", init, (n_prototypes, tokens.shape[1]))
-        prototypes = _prepare(init, metric)
+        prototypes = _prepare(init.detach(), metric)
     elif init == "random":
         prototypes = _prepare(tokens[_draw(tokens, n_prototypes, generator)], metric)
     else:

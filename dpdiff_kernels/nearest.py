@@ -81,6 +81,8 @@ def nearest_prototype(
         ValueError: a shape, device or option is wrong; k exceeds K; or (checked on CPU, outside torch.compile) some
             element's active groups hold fewer than k prototypes (on a GPU, places that nothing fills score NaN).
 
+    Forward-mode derivatives are on the reference; elsewhere they are a NotImplementedError.
+
     O(N K D) time, in which K counts the active prototypes only; the N x K scores are never held.
     """
     tokens, prototypes = _check_search(tokens, prototypes, k, metric, groups, active_groups)
@@ -114,7 +116,8 @@ def aggregate_nearest(
         values: (..., N, D) in the tokens' dtype; NaN where a score isn't finite.
         scores, indices: as for `nearest_prototype`.
 
-    Gradients reach tokens and prototypes through values and scores; they are added up in a fixed order.
+    Gradients reach tokens and prototypes through values and scores; they are added up in a fixed order. Forward-mode
+    derivatives are on the reference.
 
     Raises:
         TypeError, ValueError: as for `nearest_prototype`.
@@ -169,11 +172,12 @@ def prototype_statistics(
             raise ValueError(f"weights is on {weights.device}: expected {tokens.device}, where tokens is")
     if prototypes.shape[0] == 0 and math.prod(tokens.shape[:-1]) > 0:
         raise ValueError("prototypes is empty: expected at least 1 prototype for the tokens given")
+    tokens, prototypes = tokens.detach(), prototypes.detach()
     implementation = _implementation("prototype_statistics", select(backend, _BACKENDS, tokens, prototypes))
-    tokens = tokens.detach().reshape(math.prod(tokens.shape[:-1]), tokens.shape[-1]).contiguous()
+    tokens = tokens.reshape(math.prod(tokens.shape[:-1]), tokens.shape[-1]).contiguous()
     if weights is not None:
         weights = weights.detach().to(torch.promote_types(tokens.dtype, torch.float32)).flatten().contiguous()
-    counts, sums, inertia = implementation(tokens, prototypes.detach().contiguous(), metric, weights, with_inertia)
+    counts, sums, inertia = implementation(tokens, prototypes.contiguous(), metric, weights, with_inertia)
     return PrototypeStatistics(counts, sums, inertia if with_inertia else None)
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dpdiff_kernels import reference
-from dpdiff_kernels.backends import backends, select
+from dpdiff_kernels.backends import backends, refuse_tangents, select
 from dpdiff_kernels.checks import (
     check_choice,
     check_floats,
@@ -56,6 +56,7 @@ class PointTransport(NamedTuple):
         batch, n, m = self.f.shape[:-1], x.shape[1], y.shape[1]
         if v.dim() != len(batch) + 2 or v.shape[:-1] != (*batch, m):
             raise ValueError(f"v has shape {tuple(v.shape)}: expected {(*batch, m, 'C')}")
+        refuse_tangents(backend, x, y, h_x, h_y, v)
         flat = v.reshape(x.shape[0], m, v.shape[-1]).to(x.dtype)
         return _operators(backend).sinkhorn_apply(x, y, h_x, h_y, flat, eps, metric).view(*batch, n, v.shape[-1])
 
@@ -126,7 +127,7 @@ def sinkhorn(
     convergence. Through plan, cost, f and g as exact derivatives of the iterations that ran, converged or not: the
     backward pass runs them again and holds n_iters (N + M) numbers (cpp: of one problem per thread at a time), never
     n_iters N M. There, zero weights and infinite costs get a zero gradient. Second derivatives: on cpp those of value
-    only, on the reference all.
+    only, on the reference all. No backend has forward-mode derivatives: an error.
 
     Work: O(N M) per iteration.
 
@@ -146,7 +147,7 @@ def sinkhorn(
     if cost.dim() < 2:
         raise ValueError(f"cost has shape {tuple(cost.shape)}: expected (..., N, M)")
     _check_options(eps, n_iters, tol, tau_a, tau_b)
-    name = select(backend, ("cuda", "triton", "cpp", "reference"), cost)
+    name = select(backend, ("cuda", "triton", "cpp", "reference"), cost, a, b)
 
     *batch, n, m = cost.shape
     size = math.prod(batch)
@@ -201,7 +202,7 @@ def sinkhorn_points(
 
     Gradients reach x, y, a and b through value (by the envelope theorem, two passes over the pairs), through f and g
     (exact derivatives of the iterations that ran, which the backward pass runs again: O(n_iters (N + M)) memory) and
-    through apply. Second derivatives: on the reference.
+    through apply. Second derivatives: on the reference. Forward-mode ones: none.
 
     Work: O(N M D) per iteration. Memory beyond the inputs: O(N + M) and a block of the cost.
 
@@ -216,7 +217,7 @@ def sinkhorn_points(
         raise ValueError(f"y has shape {tuple(y.shape)}: expected {(*x.shape[:-2], 'M', x.shape[-1])}, to go with x")
     check_choice("metric", metric, ("l2", "cosine"))
     _check_options(eps, n_iters, tol, tau_a, tau_b)
-    name = select(backend, ("triton", "cpp", "reference"), x)
+    name = select(backend, ("triton", "cpp", "reference"), x, y, a, b)
 
     *batch, n, d = x.shape
     m, size = y.shape[-2], math.prod(batch)
