@@ -96,6 +96,8 @@ def _chunks(tokens: Tensor) -> Iterator[Tensor]:
 
 def _inverse_norm(x: Tensor) -> Tensor:
     """1 / |x| (N,), and zero where that isn't finite; no square over- or underflows."""
+    if x.shape[-1] == 0:
+        return x.new_zeros(x.shape[:-1])
     largest = x.abs().amax(-1).clamp(min=torch.finfo(x.dtype).tiny)
     inverse = 1 / (largest * torch.linalg.vector_norm(x / largest.unsqueeze(-1), dim=-1))
     return torch.where(inverse.isfinite(), inverse, 0)

@@ -98,6 +98,12 @@ def test_shapes_and_dtypes():
 
 
 @pytest.mark.parametrize("metric", ["l2", "cosine"])
+@pytest.mark.parametrize("init", ["k-means++", "random"])
+def test_tokens_without_channels(metric, init):
+    assert dk.kmeans(torch.zeros(5, 0), 2, metric=metric, init=init, generator=seeded()).shape == (2, 0)
+
+
+@pytest.mark.parametrize("metric", ["l2", "cosine"])
 def test_fewer_different_tokens_than_prototypes(metric):
     tokens = torch.tensor([[1.0, 2.0], [3.0, 4.0]]).repeat(10, 1)
     prototypes = dk.kmeans(tokens, 5, metric=metric, generator=seeded())
