@@ -55,6 +55,8 @@ def kmeans(
     check_int("n_prototypes", n_prototypes, 1)
     check_int("n_iters", n_iters, 0)
     check_choice("metric", metric, ("l2", "cosine"))
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator is {generator!r}: expected a torch.Generator")
     if n_prototypes > len(tokens):
         raise ValueError(f"n_prototypes is {n_prototypes}: expected at most the number of tokens, {len(tokens)}")
     if not all(_is_finite(chunk) for chunk in tokens.split(_chunk_length(tokens))):

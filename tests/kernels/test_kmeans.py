@@ -125,6 +125,7 @@ def test_fewer_different_tokens_than_prototypes(metric):
         (ValueError, r"init has shape \(3, 3\): expected \(2, 3\)", dict(init=torch.ones(3, 3))),
         (ValueError, "tokens holds NaN or Inf", dict(tokens=torch.full((6, 3), torch.nan))),
         (ValueError, r"tokens has shape \(6,\)", dict(tokens=torch.ones(6))),
+        (TypeError, "generator is 5: expected a torch.Generator", dict(generator=5)),
         (TypeError, "init has dtype torch.float64", dict(init=torch.ones(2, 3).double())),
     ],
 )
