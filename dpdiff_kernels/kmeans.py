@@ -43,7 +43,7 @@ def kmeans(
         all its tokens moves to the token farthest from its own centre. Not differentiable.
 
     Raises:
-        TypeError, ValueError: an argument's type, dtype, shape, device or value is wrong, or tokens hold NaN or Inf.
+        TypeError, ValueError: an argument's type, dtype, shape, device or value is wrong, or tokens or init hold NaN or Inf.
 
     O(N K D) for an iteration; memory beyond the input stays below one chunk of 64 MB for each step, and the seeding's
     subset where one is drawn.
@@ -65,6 +65,8 @@ def kmeans(
     if isinstance(init, Tensor):
         check_floats(tokens=tokens, init=init)
         check_shape("init", init, (n_prototypes, tokens.shape[1]))
+        if not _is_finite(init):
+            raise ValueError("init holds NaN or Inf: expected finite values")
         prototypes = _prepare(init.detach(), metric)
     elif init == "random":
         prototypes = _prepare(tokens[_draw(tokens, n_prototypes, generator)], metric)
