@@ -49,6 +49,9 @@ def kmeans(
     subset where one is drawn.
     """
     check_floats(tokens=tokens)
+    if torch.is_autocast_enabled(tokens.device.type):  # which would seed from distances in its own dtype
+        with torch.autocast(tokens.device.type, enabled=False):
+            return kmeans(tokens, n_prototypes, metric, n_iters, generator, init, backend=backend)
     if tokens.dim() < 2:
         raise ValueError(f"tokens has shape {tuple(tokens.shape)}: expected (..., N, D)")
     tokens = tokens.detach().reshape(math.prod(tokens.shape[:-1]), tokens.shape[-1])

@@ -98,6 +98,15 @@ def test_shapes_and_dtypes():
 
 
 @pytest.mark.parametrize("metric", ["l2", "cosine"])
+def test_autocast_changes_nothing(metric):
+    tokens, _ = blobs(spread=1.0)
+    tokens = tokens + 30  # bfloat16 doesn't tell their distances
+    expected = dk.kmeans(tokens, 5, metric=metric, n_iters=2, generator=seeded())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(dk.kmeans(tokens, 5, metric=metric, n_iters=2, generator=seeded()), expected)
+
+
+@pytest.mark.parametrize("metric", ["l2", "cosine"])
 @pytest.mark.parametrize("init", ["k-means++", "random"])
 def test_tokens_without_channels(metric, init):
     assert dk.kmeans(torch.zeros(5, 0), 2, metric=metric, init=init, generator=seeded()).shape == (2, 0)
