@@ -39,7 +39,9 @@ def aggregate_nearest(
     indices = _nearest_indices(tokens, prototypes, k, metric, groups, active_groups)
     rows = _rows(prototypes.double(), indices)
     scores = _scores(tokens.double(), rows, metric)
-    weights = torch.softmax((-scores if metric == "l2" else scores) / temperature, dim=-1)
+    goodness = -scores if metric == "l2" else scores
+    # Relative to the best, whatever the temperature: a quotient of theirs may overflow.
+    weights = torch.softmax((goodness - goodness.detach().amax(-1, keepdim=True)) / temperature, dim=-1)
     values = (weights.unsqueeze(-1) * rows).sum(-2)
     return values.to(tokens.dtype), scores.to(_accumulation_dtype(tokens)), indices
 

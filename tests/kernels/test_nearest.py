@@ -168,6 +168,16 @@ def test_values(backend, metric, k):
 
 
 @each_backend
+@metrics
+def test_values_at_the_smallest_temperature(backend, metric):
+    """The nearest prototype, or the mean of those equally near: no score over temperature overflows."""
+    tokens, prototypes = 1e19 * torch.ones(1, 2), torch.tensor([[0.0, 1.0], [0.0, 1.0], [-1e19, 0.0]])
+    for k in (2, 3):
+        found = dk.aggregate_nearest(tokens, prototypes, k, metric, temperature=1e-300, backend=backend)
+        assert torch.equal(found.values, prototypes[:1])
+
+
+@each_backend
 def test_nothing_to_search(backend):
     for shape in [(0, 5), (3, 0, 5), (0, 7, 5)]:
         result = dk.aggregate_nearest(torch.empty(shape), random(4, 5), k=2, backend=backend)
