@@ -272,6 +272,7 @@ class PrototypeAttention(nn.Module):
         if dim % num_heads:
             raise ValueError(f"dim is {dim}: expected a multiple of num_heads ({num_heads})")
         bank_dim = dim if bank_dim is None else bank_dim
+        check_int("bank_dim", bank_dim, 1)
         self.num_heads = num_heads
         self.query = nn.Linear(dim, dim, bias=qkv_bias)
         self.local_bank = nn.Linear(bank_dim, 2 * dim, bias=qkv_bias)

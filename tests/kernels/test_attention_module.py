@@ -51,6 +51,10 @@ def test_module_routes_and_learns(batched):
 
 
 def test_module_errors():
+    with pytest.raises(TypeError, match=r"bank_dim is 3\.5: expected an int"):
+        dk.PrototypeAttention(8, 2, bank_dim=3.5)
+    with pytest.raises(ValueError, match="bank_dim is 0: expected at least 1"):
+        dk.PrototypeAttention(8, 2, bank_dim=0)
     with pytest.raises(ValueError, match="dim is 10: expected a multiple of num_heads"):
         dk.PrototypeAttention(10, 4)
     module = dk.PrototypeAttention(8, 2)
