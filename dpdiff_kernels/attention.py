@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from dpdiff_kernels import reference
 from dpdiff_kernels.backends import backends, select
-from dpdiff_kernels.checks import check_floats, check_groups, check_int, check_shape
+from dpdiff_kernels.checks import check_floats, check_groups, check_int, check_shape, present
 
 
 def prototype_attention(
@@ -130,9 +130,7 @@ def _check(
         query=query,
         local_key=local_key,
         local_value=local_value,
-        global_key=global_key,
-        global_value=global_value,
-        gate=gate,
+        **present(global_key=global_key, global_value=global_value, gate=gate),
     )
     if query.dim() < 3:
         raise ValueError(f"query has shape {tuple(query.shape)}: expected (..., H, N, E)")

@@ -6,12 +6,15 @@ from torch import Tensor
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
-def check_floats(**tensors: Tensor | None) -> None:
-    """All tensors given (None is passed over) are floating point, of one dtype and on one device, the first one's."""
+def present(**tensors: Tensor | None) -> dict[str, Tensor]:
+    """Those that aren't None: `check_floats(x=x, **present(a=a))` where a is optional."""
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+
+def check_floats(**tensors: Tensor) -> None:
+    """All are tensors, floating point, of one dtype and on one device, the first one's."""
     first_name, first = None, None
     for name, tensor in tensors.items():
-        if tensor is None:
-            continue
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} is a {type(tensor).__name__}: expected a torch.Tensor")
         if tensor.dtype not in FLOATS:

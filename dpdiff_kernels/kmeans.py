@@ -43,7 +43,8 @@ def kmeans(
         all its tokens moves to the token farthest from its own centre. Not differentiable.
 
     Raises:
-        TypeError, ValueError: an argument's type, dtype, shape, device or value is wrong, or tokens or init hold NaN or Inf.
+        TypeError, ValueError: an argument's type, dtype, shape, device or value is wrong, NaN or Inf in tokens or init
+            included.
 
     O(N K D) for an iteration; memory beyond the input stays below one chunk of 64 MB for each step, and the seeding's
     subset where one is drawn.

@@ -14,6 +14,7 @@ from dpdiff_kernels.checks import (
     check_int,
     check_positive,
     check_shape,
+    present,
     widest_under_autocast,
 )
 
@@ -143,7 +144,7 @@ def sinkhorn(
         problems, 2019 (absorption).
     """
     cost, a, b = widest_under_autocast(cost, a, b)
-    check_floats(cost=cost, a=a, b=b)
+    check_floats(cost=cost, **present(a=a, b=b))
     if cost.dim() < 2:
         raise ValueError(f"cost has shape {tuple(cost.shape)}: expected (..., N, M)")
     _check_options(eps, n_iters, tol, tau_a, tau_b)
@@ -210,7 +211,7 @@ def sinkhorn_points(
         TypeError, ValueError: as for `sinkhorn`.
     """
     x, y, a, b = widest_under_autocast(x, y, a, b)
-    check_floats(x=x, y=y, a=a, b=b)
+    check_floats(x=x, y=y, **present(a=a, b=b))
     if x.dim() < 2:
         raise ValueError(f"x has shape {tuple(x.shape)}: expected (..., N, D)")
     if y.dim() != x.dim() or y.shape[:-2] != x.shape[:-2] or y.shape[-1] != x.shape[-1]:

@@ -8,6 +8,9 @@ import dpdiff_kernels as dk
 
 WRONG = {
     "query is a list": (TypeError, "query is a list", {"query": [1]}),
+    "no query": (TypeError, "query is a NoneType: expected a torch.Tensor", {"query": None}),
+    "no keys": (TypeError, "local_key is a NoneType", {"local_key": None}),
+    "no values": (TypeError, "local_value is a NoneType", {"local_value": None}),
     "integers": (TypeError, "local_key has dtype torch.int64", {"local_key": torch.ones(2, 11, 16, dtype=torch.int64)}),
     "two dtypes": (
         TypeError,

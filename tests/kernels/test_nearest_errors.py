@@ -17,6 +17,8 @@ import dpdiff_kernels as dk
             dict(prototypes=torch.ones(3, 4).half()),
         ),
         (TypeError, "tokens has dtype torch.int64", dict(tokens=torch.ones(2, 4, dtype=torch.int64))),
+        (TypeError, "tokens is a NoneType: expected a torch.Tensor", dict(tokens=None)),
+        (TypeError, "prototypes is a NoneType", dict(prototypes=None)),
         (TypeError, "k is 1.5", dict(k=1.5)),
         (ValueError, r"tokens has shape \(4,\): expected \(..., N, D\)", dict(tokens=torch.ones(4))),
         (ValueError, r"prototypes has shape \(3, 5\): expected \(3, 4\)", dict(prototypes=torch.ones(3, 5))),
@@ -47,6 +49,8 @@ def test_other_errors():
         dk.prototype_statistics(torch.ones(2, 4), torch.ones(3, 4), weights=torch.ones(3))
     with pytest.raises(ValueError, match=r"prototypes has shape \(2, 3, 4\): expected \(2, 4\)"):
         dk.prototype_statistics(torch.ones(2, 2, 4), torch.ones(2, 3, 4))
+    with pytest.raises(TypeError, match="prototypes is a NoneType"):
+        dk.prototype_statistics(torch.ones(2, 4), None)
     for d in (4, 0):
         with pytest.raises(ValueError, match="prototypes is empty: expected at least 1 prototype for the tokens given"):
             dk.prototype_statistics(torch.ones(2, d), torch.ones(0, d))

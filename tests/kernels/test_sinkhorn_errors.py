@@ -13,6 +13,7 @@ import dpdiff_kernels as dk
     [
         ({"cost": torch.rand(3)}, ValueError, r"cost has shape \(3,\): expected \(..., N, M\)"),
         ({"cost": [[1.0]]}, TypeError, "cost is a list"),
+        ({"cost": None}, TypeError, "cost is a NoneType: expected a torch.Tensor"),
         ({"cost": torch.ones(2, 2, dtype=torch.int64)}, TypeError, "cost has dtype torch.int64"),
         ({"a": torch.rand(4)}, ValueError, r"a has shape \(4,\): expected \(5,\)"),
         ({"b": torch.rand(5)}, ValueError, r"b has shape \(5,\): expected \(4,\)"),
@@ -37,6 +38,8 @@ def test_wrong_arguments(arguments, error, message):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
+        ({"x": None}, TypeError, "x is a NoneType: expected a torch.Tensor"),
+        ({"y": None}, TypeError, "y is a NoneType"),
         ({"x": torch.rand(3)}, ValueError, r"x has shape \(3,\)"),
         ({"y": torch.rand(4, 2)}, ValueError, r"y has shape \(4, 2\): expected \('M', 3\)"),
         ({"y": torch.rand(2, 4, 3)}, ValueError, "y has shape"),
@@ -52,3 +55,5 @@ def test_wrong_arguments_of_points(arguments, error, message):
     u = dk.sinkhorn_points(torch.rand(2, 5, 3), torch.rand(2, 4, 3))
     with pytest.raises(ValueError, match=r"v has shape \(4, 1\): expected \(2, 4, 'C'\)"):
         u.apply(torch.rand(4, 1))
+    with pytest.raises(TypeError, match="v is a NoneType"):
+        u.apply(None)
