@@ -79,6 +79,8 @@ class Backbone(nn.Module):
         if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
             given = f"{images.dtype} {tuple(images.shape)}"
             raise ValueError(f"images: expected a float tensor of shape (B, 3, H, W), got {given}")
+        if images.shape[0] == 0:  # which timm's transformers can't take
+            return [maps[:0] for maps in self.forward(images.new_zeros(1, *images.shape[1:]))]
         images = ((images - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
         try:
             # norm=False: block outputs as they are, like Dinomaly and anomalib; whoever uses them normalises per layer

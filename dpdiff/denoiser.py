@@ -84,7 +84,9 @@ class Denoiser(nn.Module):
         maps = tokens.mT.unflatten(-1, self.grid)
         if height % size or width % size:
             maps = F.pad(maps, (0, -width % size, 0, -height % size), mode="replicate")
-        return F.pixel_unshuffle(maps, size).flatten(2).mT
+        # F.pixel_unshuffle, but of an empty batch too, which that gives back as it was.
+        cells = maps.unflatten(-1, (-1, size)).unflatten(-3, (-1, size))
+        return cells.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
     def _tokens(self, patches: Tensor) -> Tensor:
         height, width = (-(-side // self.patch_size) for side in self.grid)

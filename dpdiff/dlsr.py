@@ -159,19 +159,19 @@ class DLSR(Detector):
     def _error(self, denoiser: nn.Module, features: Tensor, kind: str = "mse") -> Tensor:
         config = self.config
         direct = config["inference"] == "direct"
-        x = features[:, None]  # beside the noise samples
+        x = features[None]  # behind the noise samples, of which there are some even where there is no image
         reconstruction = self.diffusion.reconstruct(
             lambda noisy, timesteps: denoiser(noisy, timesteps[:1]).float(),  # one embedding for all
             x,
-            self.noise,
+            self.noise[:, None],
             timestep=config["timestep"] if direct else _PAPER_STEPS,
             n_steps=config["n_steps"] if direct else _PAPER_STEPS,
             keep=None if direct else self.keep,
         )
         if kind == "mse":
-            return (reconstruction - x).square().mean((1, 2))
+            return (reconstruction - x).square().mean((0, 2))
         pairs = zip(*(t.split(self.backbone.channels, 2) for t in (reconstruction, x)))
-        return -torch.stack([F.cosine_similarity(a, b, 2).mean(1) for a, b in pairs]).mean(0)
+        return -torch.stack([F.cosine_similarity(a, b, 2).mean(0) for a, b in pairs]).mean(0)
 
 
 class VectorDenoiser(nn.Module):

@@ -196,6 +196,13 @@ def test_bad_images(images):
         Backbone(pretrained=False)(images)
 
 
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit"])
+def test_no_images_give_empty_maps_of_the_same_shape(name):
+    backbone = Backbone(name, pretrained=False)
+    expected = [m.shape[1:] for m in backbone(torch.rand(2, 3, 64, 64))]
+    assert [m.shape for m in backbone(torch.rand(0, 3, 64, 64))] == [(0, *shape) for shape in expected]
+
+
 def test_size_that_a_transformer_cannot_take():
     with pytest.raises(ValueError, match="can't take 100x100"):
         Backbone("vit_tiny_patch16_224", pretrained=False)(torch.rand(1, 3, 100, 100))

@@ -66,6 +66,13 @@ def test_any_backbone_and_any_layers(make, options):
     assert out.scores.shape == (2,) and out.scores.dtype == torch.float32 and out.maps is None
 
 
+@pytest.mark.parametrize(
+    "options", [dict(inference="paper", score="mfsim"), dict(n_samples=1), dict(backbone="test_vit")]
+)
+def test_no_images_have_no_scores(make, options):
+    assert make(**options).predict(torch.rand(0, 3, SIZE, SIZE)).scores.shape == (0,)
+
+
 def test_the_layout_of_the_paper(make, products, tmp_path):
     """The five stages of efficientnet_b4, 720 numbers."""
     model = make(backbone="efficientnet_b4")

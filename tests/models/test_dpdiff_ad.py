@@ -57,6 +57,13 @@ def test_maps_have_the_size_of_the_images(model, size):
     assert model.predict(torch.rand(2, 3, *size)).maps.shape == (2, *size)
 
 
+def test_no_images_have_no_scores_and_no_maps(tiny, images):
+    for options in (dict(), dict(patch_size=3, n_steps=2), dict(route="all"), dict(backbone="test_vit")):
+        out = prepared(tiny(**options), images).predict(torch.rand(0, 3, 64, 50))
+        assert out.scores.shape == (0,) and out.maps.shape == (0, 64, 50)
+        assert out.scores.dtype == out.maps.dtype == torch.float32
+
+
 def test_images_are_resized_as_in_training(model, tmp_path):
     """predict resizes tensors as load_image resizes files, but for its rounding to 8 bits."""
     Image.fromarray(striped(3, 200)).save(tmp_path / "large.png")
