@@ -215,6 +215,7 @@ def _check_arguments(arguments: dict[str, Any]) -> None:
         if not fits:
             raise ValueError(f"{name} is {arguments[name]!r}: expected {expected}")
 
+    expect("backbone", isinstance(arguments["backbone"], str), "the name of a timm model")
     hidden = 1 if arguments["hidden"] is None else arguments["hidden"]
     for name in ("image_size", "depth", "n_steps", "n_samples"):
         expect(name, isinstance(arguments[name], int) and arguments[name] >= 1, "a positive int")

@@ -1,5 +1,6 @@
 """DPDiff-AD: dual-prototype-conditioned diffusion for multi-class anomaly detection."""
 
+import math
 from collections.abc import Iterable, Sequence
 from itertools import chain, islice
 from typing import Any, ClassVar
@@ -245,6 +246,7 @@ def _check_arguments(arguments: dict[str, Any]) -> None:
         if not fits:
             raise ValueError(f"{name} is {arguments[name]!r}: expected {expected}")
 
+    expect("backbone", isinstance(arguments["backbone"], str), "the name of a timm model")
     sizes = ("image_size", "max_channels", "n_local", "n_global", "k", "dim", "depth", "num_heads", "n_steps")
     for name in (*sizes, "n_samples", "n_timesteps", *(["patch_size"] if arguments["patch_size"] is not None else [])):
         expect(name, isinstance(arguments[name], int) and arguments[name] >= 1, "a positive int")
@@ -253,14 +255,20 @@ def _check_arguments(arguments: dict[str, Any]) -> None:
     expect("k", arguments["k"] <= n_local, f"at most n_local ({n_local})")
     route = arguments["route"]
     expect("route", route == "all" or (isinstance(route, int) and route >= 1), 'a positive int or "all"')
-    expect("temperature", arguments["temperature"] > 0, "a positive number")
+    temperature, ot_weight, local_weight = (arguments[name] for name in ("temperature", "ot_weight", "local_weight"))
+    expect("temperature", _is_finite(temperature) and temperature > 0, "a positive finite number")
+    expect("ot_weight", _is_finite(ot_weight) and ot_weight >= 0, "a finite number, 0 or more")
+    expect("local_weight", _is_finite(local_weight) and 0 <= local_weight <= 1, "0 to 1")
     last, timestep, least = arguments["n_timesteps"] - 1, arguments["timestep"], arguments["min_timestep"]
-    expect("timestep", 0 <= timestep <= last, f"0 to n_timesteps - 1 ({last})")
-    expect("min_timestep", 0 <= least <= timestep, f"0 to timestep ({timestep})")
+    expect("timestep", isinstance(timestep, int) and 0 <= timestep <= last, f"0 to n_timesteps - 1 ({last})")
+    expect("min_timestep", isinstance(least, int) and 0 <= least <= timestep, f"0 to timestep ({timestep})")
     most = timestep - least + 1
     expect("n_steps", arguments["n_steps"] <= most, f"at most timestep - min_timestep + 1 ({most})")
     expect("n_steps", arguments["diffusion"] or arguments["n_steps"] == 1, "1 without diffusion")
-    expect("local_weight", 0 <= arguments["local_weight"] <= 1, "0 to 1")
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def _blur(maps: Tensor, sigma: float) -> Tensor:

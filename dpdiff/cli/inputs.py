@@ -57,6 +57,8 @@ def canonical(data: str) -> str:
 
 def data_folder(data: str) -> Path:
     """The folder that --data names; one of products or of a torchvision set is made first unless it is there."""
+    if not data:  # as a Path it would be the current folder
+        raise ValueError("--data is '': expected a folder or the name of a data set")
     kind, colon, place = data.partition(":")
     if kind in TORCHVISION_SETS and colon:
         from dpdiff.data.torchvision_sets import unpack

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import time
 import warnings
@@ -19,6 +20,8 @@ from dpdiff.cli.model_options import ModelName, defaults, model_class, parse_set
 RECORD = "options.json"  # of the run in a folder, lest another one go on from its checkpoint
 _ADVICE = "give that run's options, choose another --out, or start anew with --no-resume"
 _UNRECORDED = ("num_workers", "checkpoint_interval", "resume", "progress")  # these may change from one part to the next
+# The others turn the whole model, statistics and prototypes too, into their type.
+_PRECISIONS = ("32-true", "16-mixed", "bf16-mixed")
 _MODEL, _TRAINING, _HARDWARE = ({"rich_help_panel": panel} for panel in ("Model", "Training", "Hardware"))
 
 
@@ -46,13 +49,17 @@ def train(
     ] = None,
     accumulate: Annotated[int, typer.Option(metavar="N", min=1, help="Batches per step.", **_TRAINING)] = 1,
     lr: Annotated[float | None, typer.Option(metavar="X", help="Highest learning rate.", **_TRAINING)] = None,
-    seed: Annotated[int, typer.Option(metavar="N", min=0, help="Of all that is random.", **_TRAINING)] = 0,
+    seed: Annotated[
+        int, typer.Option(metavar="N", min=0, max=2**32 - 1, help="Of all that is random.", **_TRAINING)
+    ] = 0,
     checkpoint_interval: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Steps from one checkpoint to the next.", **_TRAINING)
     ] = None,
     devices: Annotated[str, typer.Option(metavar="N", help="How many, or which ones: 0,1.", **_HARDWARE)] = "auto",
     accelerator: Annotated[str, typer.Option(metavar="NAME", help="cpu, gpu, ...", **_HARDWARE)] = "auto",
-    precision: Annotated[str, typer.Option(metavar="NAME", help="bf16-mixed, 32-true, ...", **_HARDWARE)] = "auto",
+    precision: Annotated[
+        str, typer.Option(metavar="NAME", help="32-true, bf16-mixed or 16-mixed.", **_HARDWARE)
+    ] = "auto",
     compile: Annotated[bool, typer.Option("--compile", help="Compile the denoiser first.", **_HARDWARE)] = False,
     workers: Workers = 0,
 ) -> None:
@@ -71,9 +78,10 @@ def train(
     named = {"backbone": backbone, "layers": layers, "backbone_weights": weights, "image_size": image_size}
     settings = [f"{name}={value}" for name, value in named.items() if value is not None]
     options = parse_settings(cls, [*settings, *(set_ or [])])
-    if lr is not None and not lr > 0:
-        raise ValueError(f"--lr is {lr}: expected a positive number")
+    if lr is not None and not 0 < lr < math.inf:
+        raise ValueError(f"--lr is {lr}: expected a positive finite number")
     check_writable(out, "--out", folder=True)
+    _check_hardware(accelerator, devices, precision)
 
     import torch
 
@@ -96,7 +104,6 @@ def train(
             print(f"{result} is trained already, with the same options; --no-resume trains it anew")
             return
 
-    _check_hardware(accelerator, devices, precision)
     torch.manual_seed(seed)  # of the weights that training begins with
     detector = cls(**options)
     samples = usable(samples, on_corrupt)
@@ -129,7 +136,7 @@ def _check_same_run(out: Path, record: dict[str, Any]) -> None:
 
 
 def _check_hardware(accelerator: str, devices: str, precision: str) -> None:
-    """Lightning's own verdict on these three, before any work."""
+    """Lightning's verdict on these three, and ours on the precision, before any work."""
     import lightning as L
 
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # it tells what devices it found
@@ -138,10 +145,12 @@ def _check_hardware(accelerator: str, devices: str, precision: str) -> None:
     quiet = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
     try:
         with warnings.catch_warnings(action="ignore"):
-            L.Trainer(**options, **dict.fromkeys(quiet, False))
+            trainer = L.Trainer(**options, **dict.fromkeys(quiet, False))
     except Exception as error:
         given = f"--accelerator {accelerator} --devices {devices} --precision {precision}"
         raise ValueError(f"{given}: {str(error).splitlines()[0]}") from error
+    if trainer.precision not in _PRECISIONS:
+        raise ValueError(f"--precision is {precision}: expected one of auto, {', '.join(_PRECISIONS)}")
 
 
 def _say(message: str) -> None:

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 import dpdiff as package
 
@@ -117,7 +118,13 @@ REFUSED = {
     "no value": (["--set", "k"], "expected name=value"),
     "the same twice": (["--set", "image_size=96"], "image_size is given twice"),
     "learning rate": (["--lr", "-1"], "--lr is -1.0"),
+    "infinite learning rate": (["--lr", "inf"], "--lr is inf: expected a positive finite number"),
+    "seed": (["--seed", 2**32], "--seed"),
+    "weight of no number": (["--set", "ot_weight=nan"], "ot_weight is nan: expected a finite number, 0 or more"),
+    "infinite temperature": (["--set", "temperature=inf"], "temperature is inf: expected a positive finite number"),
     "precision": (["--precision", "17"], "--precision 17"),
+    "bfloat16 alone": (["--precision", "bf16-true"], "--precision is bf16-true: expected one of auto, 32-true"),
+    "float64": (["--precision", "64"], "--precision is 64: expected one of auto, 32-true, 16-mixed, bf16-mixed"),
     "accelerator": (["--accelerator", "abacus"], "--accelerator abacus"),
 }
 
@@ -125,9 +132,24 @@ REFUSED = {
 @pytest.mark.parametrize(("options", "expected"), REFUSED.values(), ids=REFUSED)
 def test_options_are_refused_before_any_work(train, tmp_path, options, expected):
     outcome = train(*options)
-    assert outcome.code == 2
+    assert outcome.code == 2 and not outcome.out
     assert expected in outcome.error
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("model", ["dpdiff-ad", "dlsr"])
+def test_mixed_precision_will_do(dpdiff, data, tiny, tmp_path, model):
+    options = tiny if model == "dpdiff-ad" else "--image-size 64 --batch-size 4 --set hidden=16".split()
+    arguments = ("train", "--model", model, "--data", data, "--out", tmp_path, "--steps", 2, "--precision", "bf16")
+    assert dpdiff(*arguments, *options).code == 0
+    scores = package.load(tmp_path / "model.safetensors").predict(torch.rand(2, 3, 64, 64)).scores
+    assert scores.isfinite().all()
+
+
+def test_hardware_is_refused_before_products_are_rendered(train, tmp_path, monkeypatch):
+    monkeypatch.setenv("DPDIFF_CACHE", str(tmp_path / "cache"))
+    assert train("--precision", "bf16-true", data="products:1").code == 2
+    assert not (tmp_path / "cache").exists()
 
 
 @pytest.mark.parametrize("spec", ["products:", "products:many", "products:0", "products:2:x"])
@@ -151,6 +173,12 @@ class TestData:
 
     def test_missing(self, train, tmp_path):
         assert "nowhere does not exist" in self.refused(train, tmp_path / "nowhere")
+
+    def test_empty_name(self, train, broken, monkeypatch):
+        monkeypatch.chdir(broken)  # whose images are not meant
+        outcome = train(data="")
+        assert outcome.code == 2 and "--data is '': expected a folder" in outcome.error
+        assert not (broken.parent / "run").exists()
 
     def test_a_file(self, train, broken):
         assert "is a file" in self.refused(train, broken / "bolt/train/good/000.png")
