@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
-from torch import nn
+from torch import Tensor, nn
 
 from dpdiff._files import atomic_write
 
@@ -35,12 +35,15 @@ def load(path: str | os.PathLike, device: torch.device | str = "cpu") -> nn.Modu
         raise FileNotFoundError(f"weights file {path} does not exist")
     header = read_header(path)
     classes = _classes()
-    if header.get("model") not in classes:
-        raise ValueError(f"weights file {path} holds a {header.get('model')!r}: expected one of {', '.join(classes)}")
+    if header["model"] not in classes:
+        raise ValueError(f"weights file {path} holds a {header['model']!r}: expected one of {', '.join(classes)}")
     with safe_open(path, framework="pt", device=str(device)) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}
+    # The file has the backbone's weights too, so that none are loaded from elsewhere, whatever its header says.
+    config = header["config"] | {"pretrained": False, "backbone_weights": None}
     try:
-        model = classes[header["model"]](**header["config"])
+        model = classes[header["model"]](**config)
+        _check_tensors(tensors, model.state_dict())
         model.load_state_dict(tensors)
     except (RuntimeError, TypeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
@@ -54,12 +57,22 @@ def read_header(path: str | os.PathLike) -> dict:
     """The class, configuration and version in a weights file, without reading its weights."""
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-        return {**json.loads(metadata[_KEY])}
+            header = json.loads(file.metadata()[_KEY])
+        if isinstance(header["model"], str) and isinstance(header["config"], dict):
+            return header
     except SafetensorError as error:
         raise ValueError(f"weights file {path} is damaged or no safetensors file: {error}") from error
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"weights file {path} was not written by dpdiff.save") from error
+    except (KeyError, TypeError, ValueError):  # no metadata, those of others, or no JSON
+        pass
+    raise ValueError(f"weights file {path} was not written by dpdiff.save")
+
+
+def _check_tensors(tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Names one tensor that doesn't fit, where `load_state_dict` lists them all."""
+    for name in expected | tensors:
+        given, needed = (tuple(those[name].shape) if name in those else "none" for those in (tensors, expected))
+        if given != needed:
+            raise ValueError(f"the shape of tensor {name} is {given}: expected {needed}")
 
 
 def _classes() -> dict[str, type[nn.Module]]:

@@ -140,6 +140,8 @@ def test_weights_that_are_none_are_refused(dpdiff, data, weights, tmp_path, comm
     (tmp_path / "head.safetensors").write_bytes(whole[:100])
     (tmp_path / "empty.safetensors").write_bytes(b"")
     safetensors.torch.save_file({"weight": torch.ones(3)}, tmp_path / "foreign.safetensors")
+    header = {"dpdiff": '{"model": ["DPDiffAD"], "config": {}}'}
+    safetensors.torch.save_file({"weight": torch.ones(3)}, tmp_path / "header.safetensors", metadata=header)
     torch.save({"weight": torch.ones(3)}, tmp_path / "pickle.pt")
     (tmp_path / "folder").mkdir()
     files = sorted(tmp_path.iterdir())

@@ -135,19 +135,59 @@ def test_other_class(file):
         dpdiff.load(file)
 
 
-@pytest.mark.parametrize("change", [dict(n_local=17), dict(dim=48), dict(new_option=1), dict(backbone="test_vit")])
-def test_file_of_another_version(file, change):
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (dict(n_local=17), r"tensor local_prototypes.bank is \(128, \d+\): expected \(136, \d+\)"),
+        (dict(depth=2), r"tensor denoiser.blocks.1\.\S+ is none: expected \(\d+"),
+        (dict(prototype_attention=False), r"tensor denoiser\.\S+ is \(\d.*: expected none"),
+        (dict(new_option=1), r"unexpected keyword argument 'new_option'"),
+        (dict(backbone="test_vit"), r"tensor backbone\.\S+ is none"),
+        (dict(backbone="nope"), r"timm knows no model 'nope'"),
+        (dict(backbone=5), r"backbone is 5: expected the name"),
+        (dict(backbone=None), r"backbone is None: expected the name"),
+        (dict(temperature="warm"), r"temperature is 'warm': expected a positive finite number"),
+        (dict(timestep="late"), r"timestep is 'late': expected 0 to"),
+    ],
+    ids=str,
+)
+def test_file_of_another_version(file, change, reason):
     """One whose options or tensors this version doesn't know, or lacks."""
     config = read_header(file)["config"]
     rewrite(file, version="99.0", config=config | change)
-    with pytest.raises(ValueError, match=r"written by dpdiff 99.0, does not fit this version: .") as raised:
+    with pytest.raises(ValueError, match=reason) as raised:
         dpdiff.load(file)
-    assert "\n" not in str(raised.value)
+    message = str(raised.value)
+    assert "m.safetensors, written by dpdiff 99.0, does not fit this version: " in message and "\n" not in message
 
 
-def test_file_without_a_configuration(file):
-    rewrite(file, config=None)
-    with pytest.raises(ValueError, match=r"weights file"):
+def test_what_the_header_says_brings_in_no_other_weights(file, monkeypatch):
+    expected = dpdiff.load(file).state_dict()
+    created = []
+    monkeypatch.setattr("dpdiff.backbones._create_from_hub", lambda *args: created.append(args))
+    monkeypatch.setattr("dpdiff.backbones._create_from_file", lambda *args: created.append(args))
+    for change in (dict(pretrained=True), dict(backbone_weights="mine.safetensors")):
+        rewrite(file, config=read_header(file)["config"] | change)
+        loaded = dpdiff.load(file)
+        assert not created and loaded.config["pretrained"] is False and loaded.config["backbone_weights"] is None
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in loaded.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [dict(config=None), dict(config=[1]), dict(model=["DPDiffAD"]), dict(model={}), dict(model=None)],
+    ids=str,
+)
+def test_headers_of_another_form(file, change):
+    rewrite(file, **change)
+    for read in (dpdiff.load, read_header):
+        with pytest.raises(ValueError, match=r"m.safetensors was not written by dpdiff.save"):
+            read(file)
+
+
+def test_header_without_a_configuration(file):
+    save_file({"weight": torch.zeros(3)}, file, metadata={"dpdiff": '{"model": "DPDiffAD"}'})
+    with pytest.raises(ValueError, match=r"m.safetensors was not written by dpdiff.save"):
         dpdiff.load(file)
 
 
