@@ -74,6 +74,7 @@ def name_of(run: dict) -> str:
 
 
 def save(figure: plt.Figure, stem: Path) -> None:
+    Path(stem).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(f"{stem}.png", dpi=120, metadata={"Software": None})
     figure.savefig(f"{stem}.svg", metadata={"Date": None})
     plt.close(figure)

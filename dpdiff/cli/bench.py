@@ -65,7 +65,7 @@ def model(
 ) -> None:
     """Training steps and inference of the models, on the fast operators and on those in plain PyTorch.
 
-    Example: `dpdiff bench model --compare benchmarks/results/model.json`
+    Example: `dpdiff bench model --compare benchmarks/results/2026-11-25-amd-epyc-avx2-2-threads/model.json`
     """
     _run("model", device, json, compare, threshold, only, threads, budget)
 
@@ -91,6 +91,8 @@ def scaling(
         raise ValueError(f"--categories is {categories!r}: expected positive numbers, 10,160")
     if json is not None:
         check_writable(json, "--json", folder=False)
+    for suffix in () if plot is None else (".png", ".svg"):
+        check_writable(Path(f"{plot}{suffix}"), "--plot", folder=False)
     command = [sys.executable, "-m", "benchmarks.scaling", "--categories", *numbers]
     command += [] if steps is None else ["--steps", str(steps)]
     command += ["--trained-up-to", str(trained_up_to)]

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from dpdiff.cli.evaluate import evaluate
-from dpdiff.cli.inputs import data_folder
+from dpdiff.cli.inputs import check_writable, data_folder
 from dpdiff.cli.train import train
 
 
@@ -26,6 +26,7 @@ def demo(
 
     Example: `dpdiff demo --categories 40 --steps 2000 --out runs/demo40`
     """
+    check_writable(out, "--out", folder=True)
     data = f"products:{categories}"
     print(f"1/3 Rendering {categories} product categories, unless they are there", flush=True)
     print(f"    {data_folder(data)}")

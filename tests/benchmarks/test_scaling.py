@@ -21,9 +21,9 @@ def test_a_line_has_what_was_measured_and_no_more():
 
 def test_plot_as_png_and_svg(tmp_path):
     found = {"rows": ROWS, "machine": {"processor": "a processor"}, "date": "2026-01-02T03:04:05+00:00"}
-    scaling.plot(found, str(tmp_path / "scaling"))
-    assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
-    assert "<svg" in (tmp_path / "scaling.svg").read_text(encoding="utf-8")
+    scaling.plot(found, str(tmp_path / "new" / "scaling"))
+    assert (tmp_path / "new/scaling.png").read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in (tmp_path / "new/scaling.svg").read_text(encoding="utf-8")
 
 
 def test_a_study_goes_on_where_it_stopped(monkeypatch):

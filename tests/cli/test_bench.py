@@ -1,6 +1,7 @@
 """`dpdiff bench` from the command line, on the smallest of its cases."""
 
 import json
+import subprocess
 
 import pytest
 
@@ -29,6 +30,18 @@ def test_results_and_their_guard(dpdiff, stored, tmp_path):
     outcome = dpdiff("bench", "ops", "--compare", beyond, *options)
     assert outcome.code == 1 and not outcome.err
     assert "1 ratios compared, 1 fell by more than 20%" in outcome.out
+
+
+def test_where_the_study_is_to_draw_is_checked_before_it_runs(dpdiff, tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise AssertionError("the study was begun")
+
+    monkeypatch.setattr(subprocess, "run", fail)
+    (tmp_path / "file").touch()
+    (tmp_path / "curves.svg").mkdir()
+    assert "--plot" in dpdiff("bench", "scaling", "--plot", tmp_path / "file" / "curves").error
+    outcome = dpdiff("bench", "scaling", "--plot", tmp_path / "curves")
+    assert outcome.code == 2 and "curves.svg is a folder" in outcome.error
 
 
 def test_what_is_wrong_with_the_input_is_code_2(dpdiff, tmp_path):

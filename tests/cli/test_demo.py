@@ -3,6 +3,14 @@
 import json
 
 
+def test_a_file_in_the_place_of_the_output_folder(dpdiff, tmp_path, monkeypatch):
+    monkeypatch.setenv("DPDIFF_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "demo").write_text("mine")
+    outcome = dpdiff("demo", "--categories", 1, "--out", tmp_path / "demo")
+    assert outcome.code == 2 and "demo is a file" in outcome.error
+    assert not outcome.out and not (tmp_path / "cache").exists()
+
+
 def test_demo_and_again(dpdiff, tmp_path, monkeypatch):
     monkeypatch.setenv("DPDIFF_CACHE", str(tmp_path / "cache"))
     arguments = ("demo", "--categories", 1, "--steps", 2, "--out", tmp_path / "demo")
