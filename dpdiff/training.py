@@ -270,10 +270,14 @@ def _check_same_run(checkpoint: Path, run: dict[str, Any]) -> None:
         before = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["run"]
     except Exception as error:  # whatever torch makes of a damaged file
         raise ValueError(f"{checkpoint} is damaged or of another version: remove it, or don't resume") from error
-    changes = [f"{name} {before.get(name)} (now {now})" for name, now in run.items() if before.get(name) != now]
-    if changes:
-        found = ", ".join(changes[:3])
+    if found := changes(before, run):
         raise ValueError(f"{checkpoint} is of another run, {found}: give another folder, or don't resume")
+
+
+def changes(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """The first few options in which two runs differ, for a message."""
+    names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    return ", ".join(f"{name} {before.get(name)} (now {now.get(name)})" for name in names[:3])
 
 
 def _initialise(model: Detector, features: FeatureCache, seed: int, show: bool) -> None:

@@ -124,15 +124,16 @@ def train(
 
 
 def _check_same_run(out: Path, record: dict[str, Any]) -> None:
+    from dpdiff.training import changes
+
     try:
         before = json.loads((out / RECORD).read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
-        raise ValueError(f"--out {out} holds a run of unknown options: {_ADVICE}") from None
-    now = json.loads(json.dumps(record))
-    names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
-    if names:
-        changes = ", ".join(f"{name} {before.get(name)} (now {now.get(name)})" for name in names[:3])
-        raise ValueError(f"--out {out} holds a run of other options, {changes}: {_ADVICE}")
+        before = None
+    if not isinstance(before, dict):
+        raise ValueError(f"--out {out} holds a run of unknown options: {_ADVICE}")
+    if found := changes(before, json.loads(json.dumps(record))):
+        raise ValueError(f"--out {out} holds a run of other options, {found}: {_ADVICE}")
 
 
 def _check_hardware(accelerator: str, devices: str, precision: str) -> None:

@@ -65,9 +65,12 @@ def test_the_same_run_again_is_done_and_another_is_refused(train, tmp_path):
     assert json.loads((tmp_path / "run" / "options.json").read_text())["max_steps"] == 5
 
 
-def test_a_model_of_unknown_origin_is_not_overwritten(train, weights, tmp_path):
+@pytest.mark.parametrize("record", [None, "[]", "{"])
+def test_a_model_of_unknown_origin_is_not_overwritten(train, weights, tmp_path, record):
     (tmp_path / "run").mkdir()
     shutil.copy(weights, tmp_path / "run")
+    if record:
+        (tmp_path / "run" / "options.json").write_text(record)
     outcome = train()
     assert outcome.code == 2 and "--no-resume" in outcome.error
 
