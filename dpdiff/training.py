@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import math
 import os
 import signal
 import sys
@@ -168,8 +169,8 @@ def train(
             for the next ones. batch_size: images at a time on a device. accumulate: batches per step. lr: AdamW's peak
             learning rate, after a warm-up and before a cosine decay to zero. weight_decay: of weight matrices.
         seed: of all that is random.
-        devices, accelerator, precision: Lightning's; precision "auto" is bf16-mixed where the processor multiplies
-            bfloat16, else float32.
+        devices, accelerator, precision: Lightning's, of precisions those that leave the model in float32: "32-true",
+            "bf16-mixed", "16-mixed"; "auto" is bf16-mixed where the processor multiplies bfloat16, else float32.
         compile: compile the denoiser with `torch.compile`, which takes a minute and pays in long runs.
         num_workers: processes that read images and features.
         checkpoint_interval: steps between checkpoints.
@@ -189,8 +190,8 @@ def train(
     numbers = model.TRAINING | {name: value for name, value in given.items() if value is not None}
     max_steps, batch_size, lr = (numbers[name] for name in ("max_steps", "batch_size", "lr"))
     for name, value in (numbers | {"accumulate": accumulate, "checkpoint_interval": checkpoint_interval}).items():
-        if not (value > 0 or (value == 0 and name == "weight_decay")):
-            raise ValueError(f"{name} is {value}: expected a positive number")
+        if not (0 < value < math.inf or (value == 0 and name == "weight_decay")):
+            raise ValueError(f"{name} is {value}: expected a positive finite number")
     out.mkdir(parents=True, exist_ok=True)
     L.seed_everything(seed, verbose=False)
     show = progress and sys.stderr.isatty()

@@ -213,7 +213,10 @@ def test_random_numbers_of_the_caller_do_not_matter(run):
     assert_same(weights(run("b")), first)
 
 
-@pytest.mark.parametrize("options", [dict(max_steps=0), dict(batch_size=0), dict(checkpoint_interval=0), dict(lr=-1.0)])
+@pytest.mark.parametrize(
+    "options",
+    [dict(max_steps=0), dict(batch_size=0), dict(checkpoint_interval=0), dict(lr=-1.0), dict(lr=float("inf"))],
+)
 def test_arguments_out_of_range_are_refused_before_any_work(tiny, products, tmp_path, options):
     (name,) = options
     with pytest.raises(ValueError, match=f"{name} is {options[name]}"):
