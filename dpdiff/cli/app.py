@@ -22,6 +22,7 @@ from dpdiff.cli.train import train
 USER_ERROR = 2
 FAILURE = 1
 INTERRUPTED = 130
+TERMINATED = 143  # by SIGTERM, which `train` is told of
 
 # What the system refuses because of what was asked for; anything else (a full disk, a broken one) is nobody's input.
 _USERS_FILES = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
@@ -66,8 +67,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(error.__cause__, EOFError):  # which click takes for an answer that nobody gave
             return _report(error.__cause__, *_explain(error.__cause__))
         return _interrupted()
-    except SystemExit as stopped:  # training, by SIGTERM
-        return _interrupted(stopped.code)
+    except SystemExit as stopped:  # also click's answer to a closed pipe
+        if stopped.code != TERMINATED:
+            raise
+        return _interrupted(TERMINATED)
     except _UsageError as error:
         command = error.ctx.command_path if error.ctx else "dpdiff"
         return _report(error, f"{error.format_message()} (see {command} --help)", USER_ERROR)

@@ -99,6 +99,24 @@ def test_ctrl_c_is_one_line_and_code_130(dpdiff, weights, data, monkeypatch):
     assert outcome == (130, "", "dpdiff: interrupted\n")
 
 
+def test_an_end_of_file_is_no_ctrl_c(dpdiff, weights, data, monkeypatch):
+    def end(*args, **kwargs):
+        raise EOFError("Ran out of input")
+
+    monkeypatch.setattr(evaluation, "evaluate", end)
+    outcome = dpdiff("evaluate", "--data", data, "--weights", weights)
+    assert outcome.code == 1 and "dpdiff: error: Ran out of input (EOFError" in outcome.err
+
+
+def test_a_closed_pipe_is_silent():
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "wb") as closed:
+        command = [sys.executable, "-m", "dpdiff", "train", "--help"]
+        done = subprocess.run(command, stdout=closed, stderr=subprocess.PIPE)
+    assert b"interrupted" not in done.stderr and b"Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize(
     ("number", "message"),
     [(errno.ENOSPC, "the disk is full"), (errno.EDQUOT, "the disk is full"), (errno.EIO, os.strerror(errno.EIO))],
