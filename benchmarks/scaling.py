@@ -175,7 +175,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     steps = DPDiffAD.TRAINING["max_steps"]
     parser.add_argument("--steps", type=int, default=steps, help="of training (default: %(default)s)")
     parser.add_argument(
-        "--trained-up-to", type=int, default=160, metavar="N", help="0 for rates alone (default: %(default)s)"
+        "--trained-up-to",
+        type=int,
+        default=160,
+        metavar="N",
+        help="accuracy of N categories, by models of each size up to it; 0: rates alone (default: %(default)s)",
     )
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the figures there, after every model")
     parser.add_argument("--plot", metavar="STEM", help="write STEM.png and STEM.svg")
