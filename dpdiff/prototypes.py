@@ -36,9 +36,7 @@ class LocalPrototypes(nn.Module):
         return tuple(parts)
 
     @torch.no_grad()
-    def initialise(
-        self, group: int, tokens: Tensor, places: Tensor, generator: torch.Generator | None = None
-    ) -> None:
+    def initialise(self, group: int, tokens: Tensor, places: Tensor, generator: torch.Generator | None = None) -> None:
         """Sets one group by k-means on tokens (N, D) at places (N, n_places)."""
         enough = tokens.repeat(-(-self.per_group // len(tokens)), 1)  # where there are fewer than prototypes
         bank = dk.kmeans(enough, self.per_group, n_iters=10, generator=generator)

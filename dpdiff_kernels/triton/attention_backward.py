@@ -21,9 +21,7 @@ def query_tile(
     rows = prototype_rows(m, listed, present)
     k = load_rows(key, rows * k_m, present, CHANNELS, BLOCK_E)
     v = load_rows(value, rows * v_m, present, CHANNELS, BLOCK_E)
-    scores = dot_rows(
-        q, query, offsets, inside, k, key, rows * k_m, present, CHANNELS, BLOCK_E, CHUNK, PRECISION
-    )
+    scores = dot_rows(q, query, offsets, inside, k, key, rows * k_m, present, CHANNELS, BLOCK_E, CHUNK, PRECISION)
     p = tl.exp2(scores * exponent_scale - start[:, None]) * weight[:, None]
     slopes = dot_rows(
         do, grad_out, grad_offsets, inside, v, value, rows * v_m, present, CHANNELS, BLOCK_E, CHUNK, PRECISION

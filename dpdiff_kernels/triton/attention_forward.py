@@ -79,9 +79,7 @@ def attend_tile(
     rows = prototype_rows(m, listed, present)
     k = load_rows(key, rows * k_m, present, CHANNELS, BLOCK_E)
     v = load_rows(value, rows * v_m, present, CHANNELS, BLOCK_E)
-    scores = dot_rows(
-        q, query, offsets, inside, k, key, rows * k_m, present, CHANNELS, BLOCK_E, CHUNK, PRECISION
-    )
+    scores = dot_rows(q, query, offsets, inside, k, key, rows * k_m, present, CHANNELS, BLOCK_E, CHUNK, PRECISION)
     if present is not None:
         scores = tl.where(present[None, :], scores, float("-inf"))
     raised = tl.maximum(best, tl.max(scores, 1) * scale)

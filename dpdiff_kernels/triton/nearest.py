@@ -154,9 +154,7 @@ def _norms(rows: Tensor) -> Tensor:
     return norms
 
 
-def _pack(
-    rows: Tensor, norms: Tensor, largest: Tensor, dtype: torch.dtype, own: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def _pack(rows: Tensor, norms: Tensor, largest: Tensor, dtype: torch.dtype, own: bool) -> tuple[Tensor, Tensor, Tensor]:
     """rows (..., D) in 16 bits, up to a multiple of 64 channels; their scales (...), and what rounding lost (...).
 
     own: each row has its own scale.
