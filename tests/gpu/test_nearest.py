@@ -161,37 +161,6 @@ def test_same_bits_every_time(device):
     assert all(torch.equal(a, b) for a, b in zip(*runs))
 
 
-@pytest.mark.parametrize("layout", ["expanded", "strided", "permuted"])
-def test_operators_take_any_stride(device, layout):
-    operators, generator = torch.ops.dpdiff_triton, torch.Generator().manual_seed(0)
-
-    def laid_out(x):
-        x = x.to(device)
-        if layout == "expanded":
-            return x[:1].expand_as(x)
-        if layout == "strided":
-            return x.repeat_interleave(2, -1)[..., ::2]
-        return x.transpose(0, -1).contiguous().transpose(0, -1)
-
-    tokens, prototypes, grad_values = (laid_out(random(2, n, 12, seed=n)) for n in (9, 7, 9))
-    groups = laid_out(torch.randint(3, (7,), generator=generator))
-    active = laid_out(torch.tensor([[0, 1, 2], [2, 0, 1]]))
-    scores, weights, grad_scores = (laid_out(random(2, 9, 3, seed=seed)) for seed in (2, 3, 4))
-    indices = laid_out(torch.randint(7, (2, 9, 3), generator=generator))
-    of_tokens = laid_out(random(9, seed=5).abs())
-    for operator, arguments in (
-        (operators.nearest_prototype, (tokens, prototypes, 2, "l2", groups, active)),
-        (operators.aggregate_nearest, (tokens, prototypes, 2, "l2", 0.1, groups, active)),
-        (
-            operators.nearest_backward,
-            (tokens, prototypes, indices, scores, weights, grad_values, grad_scores, "l2", 0.1, True, True),
-        ),
-        (operators.prototype_statistics, (tokens[0], prototypes[0], "l2", of_tokens, True)),
-    ):
-        expected = operator(*(t.contiguous() if isinstance(t, torch.Tensor) else t for t in arguments))
-        assert all(torch.equal(x, y) for x, y in zip(operator(*arguments), expected))
-
-
 @metrics
 def test_statistics_without_channels(device, metric):
     tokens, prototypes = torch.zeros(5, 0, device=device), torch.zeros(3, 0, device=device)

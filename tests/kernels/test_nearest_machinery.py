@@ -35,11 +35,13 @@ def test_opcheck(shared, metric):
         torch.library.opcheck(ops.prototype_statistics.default, (tokens[0], prototypes, metric, None, True))
 
 
-@needs_cpp
+@pytest.mark.parametrize("namespace", [pytest.param("dpdiff", marks=needs_cpp), "dpdiff_triton"])
 @pytest.mark.parametrize("layout", ["expanded", "strided", "permuted"])
-def test_native_operators_take_any_stride(layout):
+def test_native_operators_take_any_stride(layout, namespace):
     """Whoever calls them, torch.compile included."""
-    operators, generator = torch.ops.dpdiff, torch.Generator().manual_seed(0)
+    if namespace == "dpdiff_triton":
+        pytest.importorskip("dpdiff_kernels.triton.nearest")
+    operators, generator = getattr(torch.ops, namespace), torch.Generator().manual_seed(0)
 
     def laid_out(x):
         if layout == "expanded":
