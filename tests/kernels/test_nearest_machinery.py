@@ -67,7 +67,8 @@ def test_native_operators_take_any_stride(layout, namespace):
     ):
         expected = operator(*(t.contiguous() if isinstance(t, torch.Tensor) else t for t in arguments))
         assert all(torch.equal(x, y) for x, y in zip(operator(*arguments), expected))
-        torch.library.opcheck(operator.default, arguments, test_utils="test_faketensor")
+        if namespace == "dpdiff":  # Triton's interpreter knows no fake tensors
+            torch.library.opcheck(operator.default, arguments, test_utils="test_faketensor")
 
 
 @needs_cpp
