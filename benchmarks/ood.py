@@ -62,6 +62,7 @@ class Part:
 
     def __init__(self, features: FeatureCache, indices: Sequence[int]) -> None:
         self.features, self.indices = features, list(indices)
+        self.key = f"{features.key}-{hash(tuple(self.indices)):x}"
 
     def __len__(self) -> int:
         return len(self.indices)

@@ -118,7 +118,7 @@ def page(runs: Sequence[dict], studies: Sequence[dict], command: str, figures: s
         ]
         header = ("model", "categories", *scaling.QUANTITIES.values())
         parts += [
-            f"## Categories\n\nOn rendered products; {study['steps']:,} steps of training where accuracy is given. "
+            f"## Categories\n\nOn rendered products; {study['steps'] or 'the default number of'} steps of training. "
             "Rates are of DPDiff-AD at the size that `dpdiff train` takes for so many categories. Accuracy is of the "
             "same categories at every size, shared out to as many models as it takes."
         ]

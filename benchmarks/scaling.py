@@ -60,7 +60,7 @@ def rates(model: str, n_categories: int) -> dict:
         return found | {"training": _BATCH / best_time(step, "cpu", 4.0), "peak_memory": _peak_memory()}
 
 
-def accuracy(model: str, n_categories: int, first: int, steps: int) -> dict:
+def accuracy(model: str, n_categories: int, first: int, steps: int | None) -> dict:
     """Of a model trained on categories `first` to `first + n_categories`: the figures of each, under "by_category"."""
     catalogue = scan(Products(n_categories, first=first, progress=False).root, need="test")
     detector, size = _knn(catalogue) if model == KNN else _dpdiff(catalogue, steps)
@@ -72,7 +72,7 @@ def accuracy(model: str, n_categories: int, first: int, steps: int) -> dict:
     return {"by_category": by_category} | rate
 
 
-def _dpdiff(catalogue: Catalogue, steps: int) -> tuple[torch.nn.Module, int]:
+def _dpdiff(catalogue: Catalogue, steps: int | None) -> tuple[torch.nn.Module, int]:
     torch.manual_seed(0)
     detector = DPDiffAD(**DPDiffAD.suggest(len(catalogue.train)))
     with tempfile.TemporaryDirectory() as folder:
@@ -97,7 +97,7 @@ def _peak_memory() -> int:
 def study(
     categories: Sequence[int],
     models: Sequence[str],
-    steps: int,
+    steps: int | None,
     trained_up_to: int,
     known: Sequence[dict] = (),
     save: Callable[[dict], None] = lambda found: None,
@@ -172,8 +172,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--categories", type=int, nargs="+", default=CATEGORIES, metavar="N")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    steps = DPDiffAD.TRAINING["max_steps"]
-    parser.add_argument("--steps", type=int, default=steps, help="of training (default: %(default)s)")
+    parser.add_argument("--steps", type=int, help="of training (default: the model's own for so many images)")
     parser.add_argument(
         "--trained-up-to",
         type=int,

@@ -32,11 +32,16 @@ class Detector(nn.Module):
     for every batch `encode` and, before the first of a step, `between_steps`, then `losses`; in the end `calibrate`.
     """
 
-    TRAINING: ClassVar[dict[str, Any]]  # max_steps, batch_size, lr, weight_decay: what `train` takes by default
+    TRAINING: ClassVar[dict[str, Any]]  # max_steps, batch_size, lr, weight_decay
     ema_decay: float = 0.0  # of the running mean of the denoiser's weights, which in the end replaces them; 0: none
     config: dict[str, Any]  # the constructor's arguments, which `load` gives it again
     backbone: nn.Module
     denoiser: nn.Module
+
+    @classmethod
+    def training_options(cls, n_images: int) -> dict[str, Any]:
+        """What `train` takes by default for so many images."""
+        return cls.TRAINING
 
     @classmethod
     def suggest(cls, n_images: int) -> dict[str, Any]:

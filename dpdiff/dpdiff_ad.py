@@ -21,6 +21,7 @@ from dpdiff.tokens import Tokenizer, places
 
 _TOKENS_PER_PROTOTYPE = 256  # on which k-means of local prototypes runs, at most
 _IMAGES_PER_PROTOTYPE = 16
+_EPOCHS = 5  # of training, where there are many images
 _MAP_REDUCTION = 2  # anomaly maps are blurred and scored at half the image's side
 
 
@@ -128,6 +129,12 @@ class DPDiffAD(Detector):
     def suggest(cls, n_images: int) -> dict[str, Any]:
         """Options for a training set of `n_images`: a global prototype for every 16 of them, from 16 to 2,048."""
         return {"n_global": min(max(16, n_images // _IMAGES_PER_PROTOTYPE), 2_048)}
+
+    @classmethod
+    def training_options(cls, n_images: int) -> dict[str, Any]:
+        """Of many images each is seen five times, as long as that takes at most 2,000 steps."""
+        steps = _EPOCHS * n_images // cls.TRAINING["batch_size"]
+        return cls.TRAINING | {"max_steps": min(max(steps, cls.TRAINING["max_steps"]), 2_000)}
 
     @torch.no_grad()
     def tokenize(self, images: Tensor) -> Tensor:

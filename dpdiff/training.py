@@ -165,9 +165,9 @@ def train(
         out: folder. Besides the weights it gets `last.ckpt` (what resuming needs), `metrics.csv` (the losses) and
             `features` (what the model needs of the backbone's feature maps).
         features: of the samples, in their order, where they are known already.
-        max_steps: optimiser steps, whatever the number of images; the model's own (`model.TRAINING`) when None, and so
-            for the next ones. batch_size: images at a time on a device. accumulate: batches per step. lr: AdamW's peak
-            learning rate, after a warm-up and before a cosine decay to zero. weight_decay: of weight matrices.
+        max_steps: optimiser steps; the model's own (`model.training_options`) when None, and so for the next ones.
+            batch_size: images at a time on a device. accumulate: batches per step. lr: AdamW's peak learning rate,
+            after a warm-up and before a cosine decay to zero. weight_decay: of weight matrices.
         seed: of all that is random.
         devices, accelerator, precision: Lightning's, of precisions those that leave the model in float32: "32-true",
             "bf16-mixed", "16-mixed"; "auto" is bf16-mixed where the processor multiplies bfloat16, else float32.
@@ -187,7 +187,7 @@ def train(
     if not samples:
         raise ValueError("samples is empty: expected at least one normal image")
     given = {"max_steps": max_steps, "batch_size": batch_size, "lr": lr, "weight_decay": weight_decay}
-    numbers = model.TRAINING | {name: value for name, value in given.items() if value is not None}
+    numbers = model.training_options(len(samples)) | {name: value for name, value in given.items() if value is not None}
     max_steps, batch_size, lr = (numbers[name] for name in ("max_steps", "batch_size", "lr"))
     for name, value in (numbers | {"accumulate": accumulate, "checkpoint_interval": checkpoint_interval}).items():
         if not (0 < value < math.inf or (value == 0 and name == "weight_decay")):
@@ -209,7 +209,7 @@ def train(
     checkpoint = out / CHECKPOINT
     resumed = resume and checkpoint.is_file()
     run = {"model": type(model).__name__, **model.config, **numbers, "accumulate": accumulate, "seed": seed}
-    run["images"] = features.path.name
+    run["images"] = features.key
     if resumed:
         _check_same_run(checkpoint, run)
     elif rank_zero_only.rank == 0:  # the others are sent it

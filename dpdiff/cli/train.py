@@ -94,7 +94,7 @@ def train(
     samples = read_catalogue(data, need="train").train
     options = cls.suggest(len(samples)) | options
     record = {"data": canonical(data), "on_corrupt": on_corrupt, "model": model}
-    record |= defaults(cls) | options | defaults(training.train) | cls.TRAINING | fit
+    record |= defaults(cls) | options | defaults(training.train) | cls.training_options(len(samples)) | fit
     record = {name: value for name, value in record.items() if name not in _UNRECORDED}
 
     result, checkpoint = out / training.WEIGHTS, out / training.CHECKPOINT

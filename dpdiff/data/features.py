@@ -67,6 +67,10 @@ class FeatureCache(Dataset):
         files = sorted(self.path.glob("*.npy"), key=lambda file: int(file.stem))
         self.arrays = [np.load(file, mmap_mode="r") for file in files]
 
+    @property
+    def key(self) -> str:
+        return self.path.name
+
     def __len__(self) -> int:
         return len(self.arrays[0])
 

@@ -65,11 +65,6 @@ def settle_warps(arch: str) -> int:
     return 8 if arch == "sm_90" else 4
 
 
-def sums_warps(arch: str) -> int:
-    """As above."""
-    return 8 if arch == "sm_80" else 4
-
-
 def _gradients_tile(slots: int) -> dict[str, int]:
     return dict(BN=8 if slots <= 16 else 4, BD=128 if slots <= 2 else 64)  # larger ones spill
 
@@ -257,7 +252,6 @@ def nearest_backward(
                 order, starts, tokens, scales, factors, grad_values_, weights_, owns, prototypes, norms,
                 grad_prototypes, norms, d, k,
                 GRADIENT=True, METRIC=metric, WEIGHTED=True, WITH_VALUES=with_values, **SUMS_TILE,
-                num_warps=sums_warps(arch_of(tokens.device)),
             )  # fmt: skip
     return grad_tokens, grad_prototypes
 
@@ -279,7 +273,6 @@ def prototype_statistics(
             launch(member_sums_kernel)[(n_prototypes * max(1, triton.cdiv(d, SUMS_TILE["BD"])),)](
                 order, starts, tokens, unused, weights_, tokens, unused, unused, prototypes, counts, sums, counts, d, 1,
                 GRADIENT=False, METRIC=metric, WEIGHTED=weights is not None, WITH_VALUES=False, **SUMS_TILE,
-                num_warps=sums_warps(arch_of(tokens.device)),
             )  # fmt: skip
     if not with_inertia:
         return counts.float(), sums, sums.new_zeros(())
@@ -336,4 +329,4 @@ def variants(arch: str) -> Iterator[Variant]:
                 flags = dict(METRIC=metric, SHARED=False, WITH_VALUES=True, WITH_SCORES=True, OF_TOKENS=True)
                 yield variant(token_gradients_kernel, operand, flags | dict(SLOTS=slots) | _gradients_tile(slots))
             flags = dict(GRADIENT=True, METRIC=metric, WEIGHTED=True, WITH_VALUES=True)
-            yield variant(member_sums_kernel, operand, flags | SUMS_TILE, num_warps=sums_warps(arch))
+            yield variant(member_sums_kernel, operand, flags | SUMS_TILE)

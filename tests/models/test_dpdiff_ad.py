@@ -153,6 +153,11 @@ def test_each_group_learns_from_all_of_its_images(tiny, images):
     assert distances[alone].max() < 1e-5
 
 
+def test_training_grows_with_the_images_within_limits():
+    steps = [dpdiff.DPDiffAD.training_options(n)["max_steps"] for n in (1, 960, 2_560, 100_000)]
+    assert steps == [300, 300, 800, 2_000]
+
+
 def test_statistics_are_of_images_of_the_whole_set():
     assert spread(7) == list(range(7))
     assert spread(24_000) == list(range(0, 24_000, 3))
