@@ -43,7 +43,9 @@ def train(
         list[str] | None,
         typer.Option("--set", metavar="NAME=VALUE", help="Any other option that `dpdiff info` lists.", **_MODEL),
     ] = None,
-    steps: Annotated[int | None, typer.Option(metavar="N", min=1, help="Of the optimiser.", **_TRAINING)] = None,
+    steps: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Of the optimiser; more of many images.", **_TRAINING)
+    ] = None,
     batch_size: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Images per step and device.", **_TRAINING)
     ] = None,
