@@ -172,7 +172,7 @@ class BackwardAttention {
     float* query_gradient = query_gradient_ + n * padded_ * kLanes;
     const int64_t steps = (count + Engine::kPack - 1) / Engine::kPack;
     for (int64_t e = 0; e < channels_; e += kRows) {
-      multiply_tile<Engine, Vectors, true>(
+      multiply_tile<Engine, Vectors, true, 2 * Engine::kRun>(
           steps, keys + e, padded_, 1, slopes, Engine::kPack == 1 ? kChunk : kLanes, query_gradient + e * kLanes, kLanes);
     }
   }
@@ -224,7 +224,8 @@ class BackwardAttention {
   }
   template <int Columns>
   DPDIFF_INLINE void outer_tile(int64_t queries, const float* weights, const float* rows, float* gradient) {
-    multiply_tile<Engine, Columns, true>(queries, weights, 1, kChunkUnits, rows, padded_, gradient, padded_);
+    multiply_tile<Engine, Columns, true, 2 * Engine::kRun>(
+        queries, weights, 1, kChunkUnits, rows, padded_, gradient, padded_);
   }
 
   void write_query_gradient(const BankView& bank, int n) {

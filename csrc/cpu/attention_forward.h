@@ -107,9 +107,11 @@ class ForwardAttention {
     const int64_t steps = (count + Engine::kPack - 1) / Engine::kPack;
     for (int64_t e = 0; e < channels_; e += kRows) {
       if (started) {
-        multiply_tile<Engine, Vectors, true>(steps, values + e, padded_, 1, weights_, kLanes, answer + e * kLanes, kLanes);
+        multiply_tile<Engine, Vectors, true, kBlock>(
+            steps, values + e, padded_, 1, weights_, kLanes, answer + e * kLanes, kLanes);
       } else {
-        multiply_tile<Engine, Vectors, false>(steps, values + e, padded_, 1, weights_, kLanes, answer + e * kLanes, kLanes);
+        multiply_tile<Engine, Vectors, false, kBlock>(
+            steps, values + e, padded_, 1, weights_, kLanes, answer + e * kLanes, kLanes);
       }
     }
   }

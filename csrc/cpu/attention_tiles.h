@@ -3,7 +3,8 @@
 // values with a few vectors, held in registers.
 //
 // An Engine is how numbers are multiplied. Its units, of 32 bits, are floats, or pairs of bfloat16 that are neighbours
-// along the summed axis: channels for scores, then prototypes or queries.
+// along the summed axis: channels for scores, then prototypes or queries. kRun units in a row are summed up, and then
+// these sums: the roundings of one long sum would add up to more than in other libraries.
 
 #if defined(DPDIFF_AVX512)
 constexpr int kRows = 8, kVectors = 3;
@@ -19,6 +20,7 @@ constexpr float kLog2E = 1.44269504f;
 struct FloatEngine {
   typedef float Element;
   static constexpr int kPack = 1;  // elements in a unit
+  static constexpr int64_t kRun = 32;
   static DPDIFF_INLINE vfloat multiply_add(vfloat a, vfloat b, vfloat c) { return a * b + c; }
   static DPDIFF_INLINE vfloat add(vfloat sum, vfloat units) { return sum + units; }
   static DPDIFF_INLINE vfloat power_of_two(vfloat x) { return exp2(x); }
@@ -28,6 +30,7 @@ struct FloatEngine {
 struct BFloat16Engine {
   typedef bfloat16 Element;
   static constexpr int kPack = 2;
+  static constexpr int64_t kRun = 64;  // bfloat16 itself rounds far more
   static DPDIFF_INLINE vfloat multiply_add(vfloat a, vfloat b, vfloat c) {
     return (vfloat)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
   }
@@ -62,56 +65,55 @@ DPDIFF_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 DPDIFF_INLINE int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 // c[r][v] (+)= sum over k of a[k * a_step + r * a_row] * b[k * b_step + v], for kRows rows and Vectors vectors; in
-// units of a and b. The order of the sum doesn't depend on Vectors: scores come out the same in both directions.
-template <class Engine, int Vectors, bool Accumulate>
+// units of a and b, in runs of Run steps. The order of the sum doesn't depend on Vectors: scores come out the same in both
+// directions.
+template <class Engine, int Vectors, bool Accumulate, int64_t Run>
 DPDIFF_INLINE void multiply_tile(
     int64_t steps, const float* a, int64_t a_step, int64_t a_row, const float* b, int64_t b_step, float* c,
     int64_t c_row) {
-  vfloat sums[kRows][Vectors];
-#pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 3
-    for (int v = 0; v < Vectors; ++v) sums[r][v] = vfloat{};
-  }
-  for (int64_t k = 0; k < steps; ++k, a += a_step, b += b_step) {
-    vfloat columns[Vectors];
-#pragma GCC unroll 3
-    for (int v = 0; v < Vectors; ++v) columns[v] = load(b + v * kWidth);
+  bool accumulate = Accumulate;
+  do {
+    vfloat sums[kRows][Vectors];
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 3
-      for (int v = 0; v < Vectors; ++v) sums[r][v] = Engine::multiply_add(broadcast(a[r * a_row]), columns[v], sums[r][v]);
+      for (int v = 0; v < Vectors; ++v) sums[r][v] = vfloat{};
     }
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) {
+    for (int64_t k = smaller(Run, steps); k > 0; --k, a += a_step, b += b_step) {
+      vfloat columns[Vectors];
 #pragma GCC unroll 3
-    for (int v = 0; v < Vectors; ++v) {
-      float* at = c + r * c_row + v * kWidth;
-      store(at, Accumulate ? load(at) + sums[r][v] : sums[r][v]);  // sums of sums: shorter chains of roundings
+      for (int v = 0; v < Vectors; ++v) columns[v] = load(b + v * kWidth);
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 3
+        for (int v = 0; v < Vectors; ++v) sums[r][v] = Engine::multiply_add(broadcast(a[r * a_row]), columns[v], sums[r][v]);
+      }
     }
-  }
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 3
+      for (int v = 0; v < Vectors; ++v) {
+        float* at = c + r * c_row + v * kWidth;
+        store(at, accumulate ? load(at) + sums[r][v] : sums[r][v]);
+      }
+    }
+    accumulate = true, steps -= Run;
+  } while (steps > 0);
 }
 
-// Scores of kRows rows of tiles with columns, over any number of units: beyond kLongest in sums of sums, as in other
-// libraries, or the roundings of wide heads would add up to more than theirs.
-constexpr int64_t kLongest = 64;
+// Scores of kRows rows of tiles with columns.
 template <class Engine, int Vectors>
 DPDIFF_INLINE void score_tile(int64_t units, const float* tile, const float* columns, float* scores) {
-  multiply_tile<Engine, Vectors, false>(smaller(kLongest, units), tile, kRows, 1, columns, kLanes, scores, kLanes);
-  for (int64_t u = kLongest; u < units; u += kLongest) {
-    multiply_tile<Engine, Vectors, true>(
-        smaller(kLongest, units - u), tile + u * kRows, kRows, 1, columns + u * kLanes, kLanes, scores, kLanes);
-  }
+  multiply_tile<Engine, Vectors, false, Engine::kRun>(units, tile, kRows, 1, columns, kLanes, scores, kLanes);
 }
 
 // Scores of columns with columns, lane by lane: the sums of score_tile, in the same order.
 template <class Engine>
 DPDIFF_INLINE vfloat lane_scores(int64_t units, const float* a, const float* b) {
   vfloat scores{};
-  for (int64_t first = 0; first < units; first += kLongest) {
+  for (int64_t first = 0; first < units; first += Engine::kRun) {
     vfloat sum{};
-    for (int64_t u = first; u < smaller(first + kLongest, units); ++u) {
+    for (int64_t u = first; u < smaller(first + Engine::kRun, units); ++u) {
       sum = Engine::multiply_add(load(a + u * kLanes), load(b + u * kLanes), sum);
     }
     scores = first == 0 ? sum : scores + sum;

@@ -34,7 +34,18 @@ def test_one_bank_is_scaled_dot_product_attention(backend):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     ("m", "channels", "logits"),
-    [(1, 64, 1), (1, 200, 1), (100, 64, 1), (1024, 64, 1), (100, 20, 1), (100, 256, 1), (100, 64, 3e3)],
+    [
+        (1, 64, 1),
+        (1, 200, 1),
+        (2, 64, 1),
+        (3, 64, 1),
+        (4, 128, 1),
+        (100, 64, 1),
+        (1024, 64, 1),
+        (100, 20, 1),
+        (100, 256, 1),
+        (100, 64, 3e3),
+    ],
 )
 def test_errors_are_no_larger_than_those_of_scaled_dot_product_attention(backend, dtype, m, channels, logits):
     tensors = inputs(batch=2, heads=2, n=200, channels=channels, m=m, m_global=None, dtype=dtype)
