@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import sys
 import traceback
 from collections.abc import Sequence
@@ -60,6 +61,11 @@ def _root(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs `dpdiff` with these arguments (those of the process when None) and returns the exit code."""
+    arguments = sys.argv[1:] if arguments is None else [str(argument) for argument in arguments]
+    for before, argument in zip(["dpdiff", *arguments], arguments):  # as paths they would be the current folder
+        if argument == "" or re.fullmatch("--[a-z-]+=", argument):
+            message = f"nothing is given after {argument or before}: expected a value"
+            return _report(ValueError(message), message, USER_ERROR)
     try:
         code = app(arguments, prog_name="dpdiff", standalone_mode=False) or 0
         return _interrupted() if code == INTERRUPTED else code

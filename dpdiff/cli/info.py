@@ -35,11 +35,17 @@ def info(
     print()
     for library in _LIBRARIES:
         print(f"{library:<16}  {_version(library)}")
+    of_all_models = {name: value for name, value in defaults(training.train).items() if value is not None}
     for name in MODELS:
+        model = model_class(name)
         print(f"\n--model {name}, set with --set NAME=VALUE:")
-        _print_options(defaults(model_class(name)))
-    print("\nTraining:")
-    _print_options(defaults(training.train))
+        _print_options(defaults(model))
+        print(f"\n--model {name}, training:")
+        few, many = model.training_options(1), model.training_options(10**9)  # images
+        own = {
+            name: few[name] if few[name] == many[name] else f"{few[name]} to {many[name]}, by images" for name in few
+        }
+        _print_options(own | of_all_models)
 
 
 def _print_options(options: dict) -> None:

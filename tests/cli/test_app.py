@@ -60,6 +60,9 @@ def test_version(dpdiff):
         (["train", "--data", "x", "--out", "y", "--model", "patchcore"], "dpdiff-ad"),
         (["train", "--data", "x", "--out", "y", "--step", "3"], "--step"),
         (["predict", "--weights", "x", "--out", "y"], "IMAGE_OR_FOLDER"),
+        (["predict", "", "--weights", "x", "--out", "y"], "nothing is given after predict"),
+        (["predict", "x", "--weights", "x", "--out="], "nothing is given after --out="),
+        (["train", "--data", "", "--out", "y"], "nothing is given after --data"),
     ],
 )
 def test_misuse_is_one_line_and_code_2(dpdiff, arguments, named):
@@ -138,7 +141,7 @@ def test_a_full_or_broken_disk_is_one_line_and_code_1(
 
 def test_info_shows_the_machine_and_every_option(dpdiff):
     text = dpdiff("info").out
-    for part in ("torch", "backend cpp", "timm", "image_size", "n_local", "max_steps"):
+    for part in ("torch", "backend cpp", "timm", "image_size", "n_local", "300 to 2000", "1200"):
         assert part in text
 
 

@@ -180,7 +180,7 @@ class TestData:
     def test_empty_name(self, train, broken, monkeypatch):
         monkeypatch.chdir(broken)  # whose images are not meant
         outcome = train(data="")
-        assert outcome.code == 2 and "--data is '': expected a folder" in outcome.error
+        assert outcome.code == 2 and "nothing is given after --data" in outcome.error
         assert not (broken.parent / "run").exists()
 
     def test_a_file(self, train, broken):
