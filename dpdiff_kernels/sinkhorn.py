@@ -390,7 +390,8 @@ def _register(namespace: str) -> None:
 if backends()["cpp"]:
     _register("dpdiff")
 if backends()["triton"]:
-    import dpdiff_kernels.triton.sinkhorn_points  # noqa: F401, for what it registers; it imports triton.sinkhorn
+    import dpdiff_kernels.triton.sinkhorn
+    import dpdiff_kernels.triton.sinkhorn_points  # noqa: F401  registers its operators
 
     _register("dpdiff_triton")
     if backends()["cuda"]:  # whose forward pass alone is CUDA C++

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dpdiff_kernels import reference
 from dpdiff_kernels.triton.launch import Variant, arch_of, on_device
-from dpdiff_kernels.triton.sinkhorn import adjoint, carried, damping, iterate, scalars, stopped, violation
+from dpdiff_kernels.triton.sinkhorn_iterations import adjoint, carried, damping, iterate, scalars, stopped, violation
 
 _INF = tl.constexpr(float("inf"))
 _LARGEST_SQUARE = 8e37  # beyond, a squared distance could overflow

@@ -1,0 +1,133 @@
+"""What Sinkhorn from a cost matrix and Sinkhorn between points share: when a problem stops, the iterations, and back
+through them. Potentials are kept in float64."""
+
+from collections.abc import Callable, Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dpdiff_kernels import reference
+
+_INF = tl.constexpr(float("inf"))
+
+
+@triton.jit
+def stopped(used, parts, stranded, b, k, n_parts, tol, COLUMNS: tl.constexpr):
+    """Whether problem b is done before iteration k; the columns' half-step, which reads the error of the rows that
+    the rows' half-step has just found, decides it. used is at least k as long as it isn't done."""
+    done = tl.load(used + b) < k
+    if COLUMNS:
+        if k > 0:
+            error = tl.load(stranded + b)
+            for start in range(0, n_parts, 1024):
+                i = start + tl.arange(0, 1024)
+                error += tl.sum(tl.load(parts + b * n_parts + i, mask=i < n_parts, other=0.0))
+            done = done | (error < tol)
+    return done
+
+
+@triton.jit
+def violation(softmin, i, keep, b, n, potential, weight, eps, tau):
+    """L1 distance between the marginal of the potential before and its target, from the next softmin. tau is inf where
+    the marginal is balanced."""
+    w = tl.load(weight + b * n + i, mask=keep, other=0.0).to(tl.float64)
+    sums = tl.where((w > 0) & (potential < _INF), w * tl.exp((potential - softmin) / eps), 0.0)
+    unreached = tl.where(tau < _INF, 0.0, w)
+    target = tl.where((w > 0) & (potential < _INF), w * tl.exp(-potential / tau), unreached)
+    return tl.sum(tl.where(keep, tl.abs(sums - target), 0.0)).to(tl.float32)
+
+
+@triton.jit
+def carried(value, i, keep, b, n, log_weight):
+    """potential + eps log(weight), -inf where nothing is carried."""
+    log_w = tl.load(log_weight + b * n + i, mask=keep, other=-_INF)
+    return tl.where((log_w > -_INF) & (value < _INF), value + log_w, -_INF)
+
+
+def iterate(
+    half_step: Callable[..., None],
+    a: Tensor,
+    b: Tensor,
+    n_iters: int,
+    tol: float | None,
+    tau_b: float | None,
+    n_parts: int,
+    keep_all: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Runs half_step(columns, k, f_before, out, used, parts, stranded). Returns f (B, N), g (B, M) in float64 and the
+    iterations used; with keep_all, f (B, n_iters, N) and g (B, n_iters, M) after each iteration, 0 after the last."""
+    batch, slots = a.shape[0], n_iters if keep_all else 2  # f before, in case that was within tol
+    f = a.new_zeros(batch, slots, a.shape[1], dtype=torch.float64)
+    g = b.new_zeros(batch, slots if keep_all else 1, b.shape[1], dtype=torch.float64)
+    used = torch.full((batch,), n_iters if tol is None else 0, dtype=torch.int64, device=a.device)
+    parts, stranded = (None, None) if tol is None else (a.new_zeros(batch, n_parts), a.new_zeros(batch))
+    for k in range(n_iters):
+        to_f, to_g = f[:, k % slots], g[:, k % g.shape[1]]
+        half_step(False, k, f[:, (k - 1) % slots], to_f, used, parts, stranded)
+        half_step(True, k, None, to_g, used, parts, stranded)
+        if k == 0 and tol is not None and tau_b is None:
+            stranded = torch.where(to_g == float("inf"), b, 0).sum(-1)
+    if keep_all:
+        return f, g, used
+    last = ((used - 1) % slots)[:, None, None].expand(-1, 1, a.shape[1])
+    return f.gather(1, last).squeeze(1), g.squeeze(1), used
+
+
+def scalars(
+    f: Tensor,
+    g: Tensor,
+    rows: Tensor,
+    columns: Tensor,
+    a: Tensor,
+    b: Tensor,
+    eps: float,
+    tau_a: float | None,
+    tau_b: float | None,
+) -> tuple[Tensor, Tensor]:
+    """value and error, in float64, from the potentials and the marginals of their plan."""
+    rows, columns, a, b = rows.double(), columns.double(), a.double(), b.double()
+    value = reference.dual_value(a, b, f, g, rows.sum(-1), eps, tau_a, tau_b)
+    return value, reference.violation(rows, f, a, tau_a) + reference.violation(columns, g, b, tau_b)
+
+
+def damping(tau: float | None, eps: float) -> float:
+    return 1.0 if tau is None else tau / (tau + eps)
+
+
+def adjoint(
+    transport: Callable[..., Tensor],
+    f: Tensor,
+    g: Tensor,
+    used: Tensor,
+    a: Tensor,
+    b: Tensor,
+    of_f: Tensor,
+    of_g: Tensor,
+    eps: float,
+    tau_a: float | None,
+    tau_b: float | None,
+) -> Iterator[tuple[int, tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor], Tensor, Tensor]]:
+    """Passes the gradients of f and g back through the iterations, from the last to the first.
+
+    g_j = -damp eps log sum_i a_i exp((f_i - cost_ij) / eps) passes its gradient on through the softmax Q_ij = d g_j /
+    d cost_ij, and f likewise through R_ij = d f_i / d cost_ij; both are plans of shifted potentials.
+    `transport(columns, h, k, w)` is sum_j exp((h_i + k_j - cost_ij) / eps) w_j, or the sum over i with w_i for columns.
+
+    Yields, for each iteration, k; (h, k, factor) of Q, which is exp((h_i + k_j - cost_ij) / eps) factor_j; (h, k,
+    factor) of R, with factor_i; and what is to be added to the gradients of a's and b's log-weights times eps."""
+    damp_a, damp_b = damping(tau_a, eps), damping(tau_b, eps)
+    for k in range(f.shape[1] - 1, -1, -1):
+        active = (used > k)[:, None]
+        reached_f, reached_g = f[:, k] < float("inf"), g[:, k] < float("inf")
+        h_f, k_g = reference.log_weighted(f[:, k], a, eps), torch.where(reached_g, g[:, k] / damp_b, 0)
+        factor_g = torch.where(active & reached_g, damp_b * of_g, 0).float()
+        rows = transport(False, h_f, k_g, factor_g).double()
+
+        h_g = reference.log_weighted(g[:, k - 1] if k else torch.zeros_like(g[:, 0]), b, eps)
+        k_f = torch.where(reached_f, f[:, k] / damp_a, 0)
+        factor_f = torch.where(active & reached_f, damp_a * (of_f - rows), 0).float()
+        columns = transport(True, k_f, h_g, factor_f).double()
+        of_f, of_g = torch.where(active, 0, of_f), torch.where(active, -columns, of_g)
+        yield k, (h_f, k_g, factor_g), (k_f, h_g, factor_f), rows, columns
