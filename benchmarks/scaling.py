@@ -1,4 +1,5 @@
-"""How cost and accuracy go as categories grow, for DPDiff-AD on the fast and the plain operators and for unified k-NN:
+"""How cost and accuracy go as categories grow, for DPDiff-AD on the fast and the plain operators and for unified k-NN,
+whose bank grows with the categories, so that an image costs ever more, or is of one size, that of 10 categories:
 
     python -m benchmarks.scaling --trained-up-to 160 --json scaling.json --plot scaling
 
@@ -40,7 +41,8 @@ from dpdiff.evaluation import evaluate
 
 CATEGORIES = (10, 20, 40, 80, 160, 320, 1600)
 KNN = "unified k-NN"
-MODELS = {"dpdiff": "auto", "reference operators": "reference", KNN: None}
+CONSTANT_KNN = "unified k-NN, constant bank"
+MODELS = {"dpdiff": "auto", "reference operators": "reference", KNN: None, CONSTANT_KNN: None}
 FIGURES = ("image_auroc", "pixel_auroc", "aupro")
 QUANTITIES = {"training": "training, images/s", "inference": "inference, images/s", "peak_memory": "peak memory, GiB"}
 QUANTITIES |= {name: name.replace("_", " ") for name in FIGURES}
@@ -63,12 +65,16 @@ def rates(model: str, n_categories: int) -> dict:
 def accuracy(model: str, n_categories: int, first: int, steps: int | None) -> dict:
     """Of a model trained on categories `first` to `first + n_categories`: the figures of each, under "by_category"."""
     catalogue = scan(Products(n_categories, first=first, progress=False).root, need="test")
-    detector, size = _knn(catalogue) if model == KNN else _dpdiff(catalogue, steps)
+    if is_knn := MODELS[model] is None:
+        share = 0.1 if model == KNN else 0.1 * CATEGORIES[0] / n_categories
+        detector, size = _knn(catalogue, share)
+    else:
+        detector, size = _dpdiff(catalogue, steps)
     found = evaluate(detector, AnomalyDataset(catalogue.test, size, catalogue.categories), progress=False)
     by_category = {
         name: {figure: result.figures[figure] for figure in FIGURES} for name, result in found.categories.items()
     }
-    rate = {"inference": found.images_per_second, "peak_memory": _peak_memory()} if model == KNN else {}
+    rate = {"inference": found.images_per_second, "peak_memory": _peak_memory()} if is_knn else {}
     return {"by_category": by_category} | rate
 
 
@@ -80,12 +86,12 @@ def _dpdiff(catalogue: Catalogue, steps: int | None) -> tuple[torch.nn.Module, i
     return detector, detector.image_size
 
 
-def _knn(catalogue: Catalogue) -> tuple[torch.nn.Module, int]:
+def _knn(catalogue: Catalogue, share: float) -> tuple[torch.nn.Module, int]:
     from benchmarks import baseline_knn as knn
 
     size = 256
     features = knn.PatchFeatures(knn.Backbone(knn.DEFAULT_BACKBONE, None))
-    banks = knn.build_banks(features, catalogue.train, catalogue.categories, size)
+    banks = knn.build_banks(features, catalogue.train, catalogue.categories, size, share)
     parts = (torch.cat([getattr(bank, part) for bank in banks.values()]) for part in ("coreset", "samples"))
     return knn.PatchCore(features, knn.Bank(*parts)), size
 
@@ -117,7 +123,7 @@ def study(
     for n in categories:
         for model in models:
             row = rows.get((model, n), {"model": model, "categories": n})
-            if "training" not in row and model != KNN:
+            if "training" not in row and MODELS[model] is not None:
                 keep(row, _apart(rates, model, n))
             done = row.get("by_category", {})
             while MODELS[model] != "reference" and len(done) + n <= trained_up_to:

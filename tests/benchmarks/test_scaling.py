@@ -35,7 +35,7 @@ def test_a_study_goes_on_where_it_stopped(monkeypatch):
             return {"training": 2.0, "inference": 1.0, "peak_memory": 2**30}
         first = args[0]
         figures = {f"{i}": dict.fromkeys(scaling.FIGURES, i / 100) for i in range(first, first + n)}
-        return {"by_category": figures} | ({"inference": 1.0, "peak_memory": 2**30} if model == scaling.KNN else {})
+        return {"by_category": figures} | ({"inference": 1.0, "peak_memory": 2**30} if "k-NN" in model else {})
 
     monkeypatch.setattr(scaling, "_apart", apart)
     known = [{"model": "dpdiff", "categories": 10, "training": 20.0, "inference": 30.0, "peak_memory": 2**30}]
@@ -46,10 +46,13 @@ def test_a_study_goes_on_where_it_stopped(monkeypatch):
         ("rates", "reference operators", 10),
         ("accuracy", scaling.KNN, 10, 0),
         ("accuracy", scaling.KNN, 10, 10),
+        ("accuracy", scaling.CONSTANT_KNN, 10, 0),
+        ("accuracy", scaling.CONSTANT_KNN, 10, 10),
         ("rates", "dpdiff", 20),
         ("accuracy", "dpdiff", 20, 0),
         ("rates", "reference operators", 20),
         ("accuracy", scaling.KNN, 20, 0),
+        ("accuracy", scaling.CONSTANT_KNN, 20, 0),
         ("rates", "dpdiff", 40),
         ("rates", "reference operators", 40),
     ]
@@ -62,4 +65,4 @@ def test_a_study_goes_on_where_it_stopped(monkeypatch):
     ]
     assert rows[0]["training"] == 20.0 and rows[0]["aupro"] == pytest.approx((0.5 + 0.145) / 2)
     assert "aupro" not in saved[2]["rows"][2]  # a mean of half of the categories can't be compared
-    assert rows[5]["aupro"] == pytest.approx(0.095)
+    assert rows[6]["aupro"] == pytest.approx(0.095)
