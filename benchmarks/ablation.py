@@ -1,6 +1,6 @@
 """What each part of DPDiff-AD is worth: trained without it, or scored without it, on the same images and features.
 
-    python -m benchmarks.ablation --data products:20:7 --steps 300 --json ablation.json
+    python -m benchmarks.ablation --data products:20:7 --json ablation.json
 
 Prints a Markdown table of mean figures in percent. Without the global bank, an image sees as many local prototypes as
 its groups hold otherwise, but the same ones as every other image.
@@ -35,10 +35,10 @@ TRAINED = {  # options that differ from the defaults
     "no prototype attention": dict(prototype_attention=False),
 }
 # How the whole model does when scored in another way.
-SCORED = ("errors not standardised by structure", "map of the reconstruction alone", "map of the local bank alone")
+SCORED = ("the same error normal for all structure", "map of the reconstruction alone", "map of the local bank alone")
 
 
-def study(data: str, steps: int, batch_size: int | None, seed: int) -> dict:
+def study(data: str, steps: int | None, batch_size: int | None, seed: int) -> dict:
     catalogue = read_catalogue(data, need="test")
     rows = {}
     maps = None
@@ -58,8 +58,8 @@ def study(data: str, steps: int, batch_size: int | None, seed: int) -> dict:
         whole.config["local_weight"] = share
         rows[SCORED[1 + int(share)]] = _figures(whole, catalogue)
     whole.config["local_weight"] = DPDiffAD(pretrained=False).config["local_weight"]
-    for buffer in (whole.normal_errors.mean, whole.normal_errors.deviation):
-        buffer.copy_(buffer.mean(1, keepdim=True).expand_as(buffer))
+    normal = whole.normal_errors.mean
+    normal.copy_(normal.mean(1, keepdim=True).expand_as(normal))
     rows[SCORED[0]] = _figures(whole, catalogue)
     about = {"data": data, "steps": steps, "batch_size": batch_size, "seed": seed, "machine": results.machine()}
     return {"study": "ablation", "date": results.now(), **about, "rows": rows}
@@ -99,7 +99,7 @@ def table(rows: dict[str, dict[str, float]]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", default="products:160", help="as for dpdiff train (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=DPDiffAD.TRAINING["max_steps"], help="default: %(default)s")
+    parser.add_argument("--steps", type=int, help="of training (default: the model's own for so many images)")
     parser.add_argument("--batch-size", type=int, help="default: the model's own")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", metavar="FILE", help="write the figures there")
