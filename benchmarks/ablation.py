@@ -35,7 +35,7 @@ TRAINED = {  # options that differ from the defaults
     "no prototype attention": dict(prototype_attention=False),
 }
 # How the whole model does when scored in another way.
-SCORED = ("the same error normal for all structure", "map of the reconstruction alone", "map of the local bank alone")
+SCORED = ("errors not standardised by structure", "map of the reconstruction alone", "map of the local bank alone")
 
 
 def study(data: str, steps: int | None, batch_size: int | None, seed: int) -> dict:
@@ -58,8 +58,8 @@ def study(data: str, steps: int | None, batch_size: int | None, seed: int) -> di
         whole.config["local_weight"] = share
         rows[SCORED[1 + int(share)]] = _figures(whole, catalogue)
     whole.config["local_weight"] = DPDiffAD(pretrained=False).config["local_weight"]
-    normal = whole.normal_errors.mean
-    normal.copy_(normal.mean(1, keepdim=True).expand_as(normal))
+    for buffer in (whole.normal_errors.mean, whole.normal_errors.deviation):
+        buffer.copy_(buffer.mean(1, keepdim=True).expand_as(buffer))
     rows[SCORED[0]] = _figures(whole, catalogue)
     about = {"data": data, "steps": steps, "batch_size": batch_size, "seed": seed, "machine": results.machine()}
     return {"study": "ablation", "date": results.now(), **about, "rows": rows}

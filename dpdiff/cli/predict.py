@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 SCORES = "scores.csv"
 _PICTURE_SIDE = 1024  # pixels of a heat map's longer side, at most
 # What a heat map shows as coldest and as hottest, in deviations of normal images. Of these, a pixel in ten is above the
-# first and hardly one above the second; of defects about half.
-_MAP_RANGE = (1.0, 4.0)
+# first and hardly one above the second; of defects half or more.
+_MAP_RANGE = (0.5, 2.0)
 
 
 def predict(
