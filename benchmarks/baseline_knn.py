@@ -31,6 +31,7 @@ from dpdiff.evaluation import Results, evaluate
 
 from torchvision.transforms.v2.functional import gaussian_blur  # isort: skip  (dpdiff makes it importable)
 
+SHARE = 0.1  # of a category's patches that its coreset keeps
 CANDIDATES = 65_536  # of a category's coreset
 NEIGHBOURS = 9  # that weight an image's score
 EXACT = 30_000  # bank size up to which every entry is compared
@@ -133,7 +134,7 @@ def _index(bank: np.ndarray, queries: np.ndarray) -> faiss.Index:
 
 
 def build_banks(
-    features: PatchFeatures, train: Sequence[Sample], categories: Sequence[str], image_size: int, share: float = 0.1
+    features: PatchFeatures, train: Sequence[Sample], categories: Sequence[str], image_size: int, share: float = SHARE
 ) -> dict[str, Bank]:
     banks = {}
     for category in track(categories, "Building banks"):
@@ -145,12 +146,16 @@ def build_banks(
     return banks
 
 
+def joined(banks: dict[str, Bank]) -> Bank:
+    """One bank for all categories."""
+    return Bank(*(torch.cat([getattr(bank, part) for bank in banks.values()]) for part in ("coreset", "samples")))
+
+
 def evaluate_unified(
     features: PatchFeatures, banks: dict[str, Bank], test: Sequence[Sample], image_size: int
 ) -> Results:
-    """One bank for all categories."""
-    bank = Bank(*(torch.cat([getattr(b, part) for b in banks.values()]) for part in ("coreset", "samples")))
-    return evaluate(PatchCore(features, bank), AnomalyDataset(test, image_size, list(banks)))
+    """All categories by one bank."""
+    return evaluate(PatchCore(features, joined(banks)), AnomalyDataset(test, image_size, list(banks)))
 
 
 def evaluate_separate(
@@ -173,7 +178,7 @@ def main() -> None:
     parser.add_argument("--backbone", default=DEFAULT_BACKBONE, help="a timm model (default: %(default)s)")
     parser.add_argument("--layers", type=int, nargs="+", help="its stages or blocks (default: as DPDiff-AD)")
     parser.add_argument("--image-size", type=int, default=256, help="side in pixels (default: %(default)s)")
-    parser.add_argument("--coreset", type=float, default=0.1, help="share of patches kept (default: %(default)s)")
+    parser.add_argument("--coreset", type=float, default=SHARE, help="share of patches kept (default: %(default)s)")
     args = parser.parse_args()
     if not 0 < args.coreset <= 1:
         parser.error(f"--coreset must be in (0, 1], got {args.coreset}")

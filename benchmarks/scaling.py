@@ -65,11 +65,8 @@ def rates(model: str, n_categories: int) -> dict:
 def accuracy(model: str, n_categories: int, first: int, steps: int | None) -> dict:
     """Of a model trained on categories `first` to `first + n_categories`: the figures of each, under "by_category"."""
     catalogue = scan(Products(n_categories, first=first, progress=False).root, need="test")
-    if is_knn := MODELS[model] is None:
-        share = 0.1 if model == KNN else 0.1 * CATEGORIES[0] / n_categories
-        detector, size = _knn(catalogue, share)
-    else:
-        detector, size = _dpdiff(catalogue, steps)
+    is_knn = MODELS[model] is None
+    detector, size = _knn(catalogue, model == CONSTANT_KNN) if is_knn else _dpdiff(catalogue, steps)
     found = evaluate(detector, AnomalyDataset(catalogue.test, size, catalogue.categories), progress=False)
     by_category = {
         name: {figure: result.figures[figure] for figure in FIGURES} for name, result in found.categories.items()
@@ -86,14 +83,14 @@ def _dpdiff(catalogue: Catalogue, steps: int | None) -> tuple[torch.nn.Module, i
     return detector, detector.image_size
 
 
-def _knn(catalogue: Catalogue, share: float) -> tuple[torch.nn.Module, int]:
+def _knn(catalogue: Catalogue, constant: bool) -> tuple[torch.nn.Module, int]:
     from benchmarks import baseline_knn as knn
 
     size = 256
     features = knn.PatchFeatures(knn.Backbone(knn.DEFAULT_BACKBONE, None))
+    share = knn.SHARE * (CATEGORIES[0] / len(catalogue.categories) if constant else 1)
     banks = knn.build_banks(features, catalogue.train, catalogue.categories, size, share)
-    parts = (torch.cat([getattr(bank, part) for bank in banks.values()]) for part in ("coreset", "samples"))
-    return knn.PatchCore(features, knn.Bank(*parts)), size
+    return knn.PatchCore(features, knn.joined(banks)), size
 
 
 def _peak_memory() -> int:
