@@ -1,7 +1,8 @@
 """Prototype-conditioned attention: tokens attend to a local and a global prototype bank that the whole batch shares."""
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from dpdiff_kernels import reference
 from dpdiff_kernels.backends import backends, select
 from dpdiff_kernels.checks import check_floats, check_groups, check_int, check_shape, present
+from dpdiff_kernels.operators import register
 
 
 def prototype_attention(
@@ -105,8 +107,7 @@ def prototype_attention(
         if scale < 0:
             flat, scale = -flat, -scale
         for_backward = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (flat, *banks, gate))
-        operators = torch.ops.dpdiff if backend == "cpp" else torch.ops.dpdiff_triton
-        out = operators.prototype_attention(flat, *banks, gate, scale, groups, active_groups, for_backward)[0]
+        out = _OPERATORS[backend](flat, *banks, gate, scale, groups, active_groups, for_backward)[0]
     return out.reshape(query.shape)
 
 
@@ -208,30 +209,34 @@ def _no_second_backward(ctx, *grads):
     raise RuntimeError("prototype_attention has no second derivative: pass backend='reference'")
 
 
-def _register(library: str) -> None:
-    """Fake kernels and the autograd formula, which are the same for all implementations."""
+def _register(namespace: str, functions: Any = None) -> Callable:
+    """The operator, with its fake kernel and gradient; functions: where those are that it runs, if it is Python's."""
+    own = functions is not None
+    run_backward = register(
+        f"{namespace}::prototype_attention_backward",
+        _fake_backward,
+        _no_second_backward,
+        function=functions.prototype_attention_backward if own else None,
+    )
 
     def backward(ctx, grad_out, *_):
         if grad_out is None:
             return (None,) * 10
         *tensors, groups, active_groups, out, reference, total, difference = ctx.saved_tensors
-        grads = getattr(torch.ops, library).prototype_attention_backward(
-            grad_out, *tensors, ctx.scale, groups, active_groups, out, reference, total, difference
-        )
+        grads = run_backward(grad_out, *tensors, ctx.scale, groups, active_groups, out, reference, total, difference)
         return *(None if t is None else grad for t, grad in zip(tensors, grads)), None, None, None, None
 
-    torch.library.register_fake(f"{library}::prototype_attention", _fake)
-    torch.library.register_fake(f"{library}::prototype_attention_backward", _fake_backward)
-    torch.library.register_autograd(f"{library}::prototype_attention", backward, setup_context=_save)
-    torch.library.register_autograd(f"{library}::prototype_attention_backward", _no_second_backward)
+    function = functions.prototype_attention if own else None
+    return register(f"{namespace}::prototype_attention", _fake, backward, _save, function)
 
 
+_OPERATORS: dict[str, Callable] = {}
 if backends()["cpp"]:
-    _register("dpdiff")
+    _OPERATORS["cpp"] = _register("dpdiff")
 if backends()["triton"]:
-    import dpdiff_kernels.triton.attention  # noqa: F401
+    import dpdiff_kernels.triton.attention
 
-    _register("dpdiff_triton")
+    _OPERATORS["triton"] = _register("dpdiff_triton", dpdiff_kernels.triton.attention)
 
 
 class ProjectedBanks(NamedTuple):

@@ -2,8 +2,8 @@
 
 `reference` is plain PyTorch on any device; `cpp` is the native library on CPU tensors; `triton` and `cuda` are for
 CUDA tensors. The choice is, in this order: the operator's keyword `backend=`, the innermost `use_backend` block, the
-environment variable DPDIFF_BACKEND, and `auto`: the fastest implementation that the tensors' device and dtype allow,
-but for Triton's and CUDA's, which have not run on a GPU yet and have to be asked for.
+environment variable DPDIFF_BACKEND, and `auto`: the fastest implementation that the tensors' device and dtype allow.
+On AMD's GPUs, where they have not run yet, Triton's kernels have to be asked for.
 """
 
 import os
@@ -57,9 +57,14 @@ def _find_triton() -> Backend:
         return Backend(False, f"triton does not import: {error}")
     if _interpreted():
         return Backend(True, f"triton {triton.__version__}, interpreted, on CPU tensors (TRITON_INTERPRET)")
-    return Backend(True, f"triton {triton.__version__}, when asked for: its kernels were not yet measured on a GPU")
+    if torch.version.hip:
+        return Backend(True, f"triton {triton.__version__}, when asked for: its kernels have not run on AMD's GPUs yet")
+    if torch.cuda.get_device_capability() < (8, 0):
+        return Backend(False, "the CUDA device's compute capability is below 8.0")
+    return Backend(True, f"triton {triton.__version__}")
 
 
+@cache
 def _find_cuda() -> Backend:
     if not torch.cuda.is_available():
         return Backend(False, "torch sees no CUDA device")
@@ -67,7 +72,7 @@ def _find_cuda() -> Backend:
         return Backend(False, _LIBRARY.reason)
     if not torch._C._dispatch_has_kernel_for_dispatch_key("dpdiff::sinkhorn", "CUDA"):
         return Backend(False, f"{_LIBRARY.reason.partition(',')[0]} was built without DPDIFF_BUILD_CUDA=1")
-    return Backend(True, "sinkhorn, when asked for: its kernels were not yet measured on a GPU")
+    return Backend(True, "sinkhorn, from costs that the shared memory of a few multiprocessors holds")
 
 
 _LIBRARY = _load_library()
@@ -144,8 +149,8 @@ def select(backend: str | None, implemented: tuple[str, ...], *tensors: torch.Te
         return backend
     if device == "cpu" and not _LIBRARY and "cpp" in implemented:
         _warn_once()
-    # GPU kernels are tested on CPUs only; until they have run on a GPU they have to be asked for.
-    backend = next(name for name in possible if name not in ("triton", "cuda"))
+    asked_for = {"triton"} if device == "cpu" or torch.version.hip else set()
+    backend = next(name for name in possible if name not in asked_for)
     refuse_tangents(backend, *tensors)
     return backend
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from dpdiff_kernels.checks import (
     check_shape,
     widest_under_autocast,
 )
+from dpdiff_kernels.operators import register
 
 METRICS = ("cosine", "dot", "l2")
 _BACKENDS = ("triton", "cpp", "reference")
@@ -223,7 +224,7 @@ def _implementation(name: str, backend: str) -> Callable:
     the user's error."""
     if backend == "reference":
         return getattr(reference, name)
-    operator = getattr(torch.ops.dpdiff if backend == "cpp" else torch.ops.dpdiff_triton, name)
+    operator = _OPERATORS[backend][name]
     if backend == "triton" or torch.compiler.is_compiling():
         return operator
 
@@ -263,9 +264,12 @@ def _register_fakes() -> None:
         return tuple(tokens.new_empty(shape, dtype=torch.float32) for shape in ((k,), (k, d), ()))
 
 
-def _register_gradients(namespace: str) -> None:
-    """The gradients of the native library's operators, or of Triton's: the formula is the same."""
-    operators = getattr(torch.ops, namespace)
+def _register(namespace: str, functions: Any = None) -> dict[str, Callable]:
+    """The operators by name, with their gradients; functions: where those are that they run, if they are Python's."""
+
+    def operator(name: str, backward: Callable | None = None, setup_context: Callable | None = None) -> Callable:
+        function = None if functions is None else getattr(functions, name)
+        return register(f"{namespace}::{name}", None, backward, setup_context, function)
 
     def save(ctx, inputs, indices, scores, weights, metric, temperature):
         ctx.save_for_backward(*inputs[:2], indices, scores, weights)
@@ -273,37 +277,39 @@ def _register_gradients(namespace: str) -> None:
         ctx.set_materialize_grads(False)
         ctx.metric, ctx.temperature = metric, temperature
 
+    def second_backward(ctx, *_):
+        raise RuntimeError("this nearest_prototype has no second derivative: pass backend='reference'")
+
+    nearest_backward = operator("nearest_backward", second_backward)
+
     def backward(ctx, grad_values, grad_scores):
         if grad_values is None and grad_scores is None:
             return None, None
         grad_values, grad_scores = (None if g is None else g.contiguous() for g in (grad_values, grad_scores))
         wanted = ctx.needs_input_grad[:2]
-        grads = operators.nearest_backward(
-            *ctx.saved_tensors, grad_values, grad_scores, ctx.metric, ctx.temperature, *wanted
-        )
+        grads = nearest_backward(*ctx.saved_tensors, grad_values, grad_scores, ctx.metric, ctx.temperature, *wanted)
         return tuple(grad if needed else None for grad, needed in zip(grads, wanted))
 
-    torch.library.register_autograd(
-        f"{namespace}::nearest_prototype",
-        lambda ctx, grad_scores, _: (*backward(ctx, None, grad_scores), *[None] * 4),
-        setup_context=lambda ctx, inputs, output: save(ctx, inputs, output[1], output[0], None, inputs[3], 1.0),
-    )
-    torch.library.register_autograd(
-        f"{namespace}::aggregate_nearest",
-        lambda ctx, grad_values, grad_scores, *_: (*backward(ctx, grad_values, grad_scores), *[None] * 5),
-        setup_context=lambda ctx, inputs, output: save(ctx, inputs, *output[2:0:-1], output[3], *inputs[3:5]),
-    )
-
-    def second_backward(ctx, *_):
-        raise RuntimeError("this nearest_prototype has no second derivative: pass backend='reference'")
-
-    torch.library.register_autograd(f"{namespace}::nearest_backward", second_backward)
+    return {
+        "nearest_prototype": operator(
+            "nearest_prototype",
+            lambda ctx, grad_scores, _: (*backward(ctx, None, grad_scores), *[None] * 4),
+            lambda ctx, inputs, output: save(ctx, inputs, output[1], output[0], None, inputs[3], 1.0),
+        ),
+        "aggregate_nearest": operator(
+            "aggregate_nearest",
+            lambda ctx, grad_values, grad_scores, *_: (*backward(ctx, grad_values, grad_scores), *[None] * 5),
+            lambda ctx, inputs, output: save(ctx, inputs, *output[2:0:-1], output[3], *inputs[3:5]),
+        ),
+        "prototype_statistics": operator("prototype_statistics"),
+    }
 
 
+_OPERATORS: dict[str, dict[str, Callable]] = {}
 if backends()["cpp"]:
     _register_fakes()
-    _register_gradients("dpdiff")
+    _OPERATORS["cpp"] = _register("dpdiff")
 if backends()["triton"]:
-    import dpdiff_kernels.triton.nearest  # noqa: F401  registers its operators
+    import dpdiff_kernels.triton.nearest
 
-    _register_gradients("dpdiff_triton")
+    _OPERATORS["triton"] = _register("dpdiff_triton", dpdiff_kernels.triton.nearest)

@@ -1,6 +1,7 @@
 """Entropic optimal transport by Sinkhorn's iterations, batched: from a cost matrix, or from points without one."""
 
 import math
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from dpdiff_kernels.checks import (
     present,
     widest_under_autocast,
 )
+from dpdiff_kernels.operators import register
 
 
 class Transport(NamedTuple):
@@ -59,7 +61,7 @@ class PointTransport(NamedTuple):
             raise ValueError(f"v has shape {tuple(v.shape)}: expected {(*batch, m, 'C')}")
         refuse_tangents(backend, x, y, h_x, h_y, v)
         flat = v.reshape(x.shape[0], m, v.shape[-1]).to(x.dtype)
-        return _operators(backend).sinkhorn_apply(x, y, h_x, h_y, flat, eps, metric).view(*batch, n, v.shape[-1])
+        return _OPERATORS[backend].sinkhorn_apply(x, y, h_x, h_y, flat, eps, metric).view(*batch, n, v.shape[-1])
 
 
 def sinkhorn(
@@ -148,9 +150,8 @@ def sinkhorn(
     if cost.dim() < 2:
         raise ValueError(f"cost has shape {tuple(cost.shape)}: expected (..., N, M)")
     _check_options(eps, n_iters, tol, tau_a, tau_b)
-    name = select(backend, ("cuda", "triton", "cpp", "reference"), cost, a, b)
-
     *batch, n, m = cost.shape
+    name = select(backend, _implemented(n, m), cost, a, b)
     size = math.prod(batch)
     dtype = torch.float64 if cost.dtype == torch.float64 else torch.float32
     flat_cost = cost.reshape(size, n, m).to(dtype)
@@ -164,7 +165,7 @@ def sinkhorn(
     else:
         # the plan is also the gradient of value with respect to cost
         keep_plan = return_plan or (torch.is_grad_enabled() and any(t.requires_grad for t in problem[:3]))
-        plan, f, g, *scalars = _operators(name).sinkhorn(*problem, keep_plan)
+        plan, f, g, *scalars = _OPERATORS[name].sinkhorn(*problem, keep_plan)
     return Transport(
         plan.view(*batch, n, m) if return_plan else None,
         f.view(*batch, n),
@@ -231,7 +232,7 @@ def sinkhorn_points(
     if metric == "cosine":
         flat_x, flat_y = (torch.nn.functional.normalize(p.double(), dim=-1).to(dtype) for p in (flat_x, flat_y))
     points = flat_x, flat_y, flat_a, flat_b
-    f, g, value, used, error = _operators(name).sinkhorn_points(*points, eps, n_iters, tol, tau_a, tau_b, metric)
+    f, g, value, used, error = _OPERATORS[name].sinkhorn_points(*points, eps, n_iters, tol, tau_a, tau_b, metric)
     h_x, h_y = reference.log_weighted(f, flat_a, eps), reference.log_weighted(g, flat_b, eps)
     return PointTransport(
         value.view(batch),
@@ -241,6 +242,14 @@ def sinkhorn_points(
         error.view(batch),
         (flat_x, flat_y, h_x, h_y, eps, metric, name),
     )
+
+
+def _implemented(n: int, m: int) -> tuple[str, ...]:
+    """The backends of `sinkhorn`, the fastest first: CUDA C++ where a cluster's shared memory holds the costs."""
+    if m > 4096:
+        return "triton", "cpp", "reference"
+    held = m <= 512 and n * m <= 400_000
+    return "cuda" if held else "triton", "triton" if held else "cuda", "cpp", "reference"
 
 
 def _check_options(eps: float, n_iters: int, tol: float | None, tau_a: float | None, tau_b: float | None) -> None:
@@ -279,12 +288,6 @@ def _check_masses(a: Tensor, b: Tensor, dtype: torch.dtype, balanced: bool) -> N
         )
 
 
-def _operators(backend: str) -> Any:
-    """Where the functions of a backend are: all of them have those of `reference`, but for what its docstrings say."""
-    native, triton = torch.ops.dpdiff, torch.ops.dpdiff_triton
-    return {"reference": reference, "cpp": native, "cuda": native, "triton": triton}[backend]
-
-
 def _fake(cost, a, b, eps, n_iters, tol, tau_a, tau_b, return_plan):
     batch, n, m = cost.shape
     plan = cost.new_empty(batch if return_plan else 0, n, m)
@@ -318,9 +321,10 @@ def _not_twice(ctx, *grads):
     )
 
 
-def _register(namespace: str) -> None:
-    """Fake kernels and gradients of the operators of `namespace`."""
-    ops = getattr(torch.ops, namespace)
+def _register(namespace: str, *modules: Any) -> SimpleNamespace:
+    """The operators of `namespace`, with their fake kernels and gradients; modules: where the functions are that they
+    run, if these are Python's."""
+    ops = SimpleNamespace()
 
     def save(ctx, inputs, output):
         cost, a, b, *ctx.options = inputs
@@ -383,16 +387,20 @@ def _register(namespace: str) -> None:
         ("sinkhorn_points_backward", lambda x, y, a, b, *_: _like(x, y, a, b), _not_twice, None),
         ("sinkhorn_apply_backward", lambda _, x, y, h_x, h_y, *__: _like(x, y, h_x, h_y), _not_twice, None),
     ):
-        torch.library.register_fake(f"{namespace}::{name}", fake)
-        torch.library.register_autograd(f"{namespace}::{name}", formula, setup_context=setup)
+        function = next((getattr(module, name) for module in modules if hasattr(module, name)), None)
+        setattr(ops, name, register(f"{namespace}::{name}", fake, formula, setup, function))
+    return ops
 
 
+# All have the functions of `reference`, but for what its docstrings say.
+_OPERATORS: dict[str, Any] = {"reference": reference}
 if backends()["cpp"]:
-    _register("dpdiff")
+    _OPERATORS["cpp"] = _OPERATORS["cuda"] = _register("dpdiff")
 if backends()["triton"]:
     import dpdiff_kernels.triton.sinkhorn
-    import dpdiff_kernels.triton.sinkhorn_points  # noqa: F401  registers its operators
+    import dpdiff_kernels.triton.sinkhorn_points
 
-    _register("dpdiff_triton")
+    modules = dpdiff_kernels.triton.sinkhorn, dpdiff_kernels.triton.sinkhorn_points
+    _OPERATORS["triton"] = _register("dpdiff_triton", *modules)
     if backends()["cuda"]:  # whose forward pass alone is CUDA C++
         torch.library.register_kernel("dpdiff::sinkhorn_backward", "cuda", torch.ops.dpdiff_triton.sinkhorn_backward)

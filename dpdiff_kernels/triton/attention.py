@@ -4,12 +4,20 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from dpdiff_kernels.triton.attention_backward import bank_gradient_kernel, query_gradient_kernel
 from dpdiff_kernels.triton.attention_forward import forward_kernel
-from dpdiff_kernels.triton.launch import Variant, arch_of, launch, on_device
+from dpdiff_kernels.triton.launch import (
+    Variant,
+    arch_of,
+    ceil_div,
+    launch,
+    multiprocessors_of,
+    on_device,
+    power_of_2,
+    registered,
+)
 from dpdiff_kernels.triton.routing import active_lists, active_mask
 
 _LOG2_E = 1.4426950408889634
@@ -84,13 +92,13 @@ class Problem(NamedTuple):
         return self.sizes[2] * (self.sizes[0] if self.folded else 1)
 
     def programs(self, tile: Tile) -> int:
-        return self.sizes[1] * (1 if self.folded else self.sizes[0]) * triton.cdiv(self.sequence, tile.tokens)
+        return self.sizes[1] * (1 if self.folded else self.sizes[0]) * ceil_div(self.sequence, tile.tokens)
 
 
 def _problem(query, local_key, global_key, gate, groups) -> Problem:
     batch, heads, n_tokens, channels = query.shape
     arch = arch_of(query.device)
-    block_e = max(16, triton.next_power_of_2(channels))
+    block_e = max(16, power_of_2(channels))
     shared = local_key.dim() == 3 and (global_key is None or global_key.dim() == 3)
     return Problem(
         "ieee" if query.device.type == "cpu" else pick_precision(arch),  # the interpreter knows no other
@@ -133,7 +141,7 @@ def empty_like_query(query: Tensor) -> Tensor:
     return query.new_empty(batch, n_tokens, heads, channels).transpose(1, 2)
 
 
-@torch.library.triton_op("dpdiff_triton::prototype_attention", mutates_args={})
+@registered(torch.library.triton_op)
 def prototype_attention(
     query: Tensor,
     local_key: Tensor,
@@ -181,7 +189,7 @@ def prototype_attention(
     )
 
 
-@torch.library.triton_op("dpdiff_triton::prototype_attention_backward", mutates_args={})
+@registered(torch.library.triton_op)
 def prototype_attention_backward(
     grad_out: Tensor,
     query: Tensor,
@@ -256,14 +264,14 @@ def _bank_gradients(
     batch, heads, n_tokens = problem.sizes[:3]
     shared, count, channels = key.dim() == 3, *key.shape[-2:]
     tile = problem.tiles.bank_gradient
-    programs = heads * (1 if shared else batch) * triton.cdiv(count, tile.prototypes)
+    programs = heads * (1 if shared else batch) * ceil_div(count, tile.prototypes)
     parts = 1
     if mask is not None and shared:  # prototypes that some image uses
         lists, counts = active_lists(mask.any(0, keepdim=True))
     elif mask is not None:
         mask = None
     elif shared:
-        parts = _parts(query.device, programs, triton.cdiv(batch * n_tokens, tile.tokens), key.numel())
+        parts = _parts(query.device, programs, ceil_div(batch * n_tokens, tile.tokens), key.numel())
     size = key.shape if parts == 1 else (parts, *key.shape)
     dtype = key.dtype if parts == 1 else torch.float32
     new = query.new_empty if lists is None else query.new_zeros
@@ -282,10 +290,7 @@ def _bank_gradients(
 
 def _parts(device: torch.device, programs: int, blocks: int, elements: int) -> int:
     """Into how many parts the tokens are split: enough for all multiprocessors, as far as memory allows."""
-    multiprocessors = 4
-    if device.type == "cuda":
-        multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-    return max(1, min(triton.cdiv(2 * multiprocessors, programs), blocks, _PARTS_BYTES // (8 * elements)))
+    return max(1, min(ceil_div(2 * multiprocessors_of(device), programs), blocks, _PARTS_BYTES // (8 * elements)))
 
 
 def variants(arch: str) -> Iterator[Variant]:

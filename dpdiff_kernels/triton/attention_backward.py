@@ -74,6 +74,10 @@ def query_gradient_kernel(
 ):  # fmt: skip
     """Also writes, for the pass over prototypes, each softmax's weight (the gate's, over the sum of exponentials) and
     delta (S, B, H, N) float32. out, difference and grad_query have the same strides."""
+    scale, exponent_scale = (
+        tl.cast(scale, tl.float32),
+        tl.cast(exponent_scale, tl.float32),
+    )  # torch.compile passes float64
     sequence = tokens * batch if FOLDED else tokens
     tiles = tl.cdiv(sequence, BLOCK_T)
     instance = tl.program_id(0) // tiles
@@ -153,6 +157,7 @@ def bank_gradient_kernel(
     mask (B, M) says which of these an image uses. None: all. grad_key and grad_value have the same strides; with
     several parts, these are to be added up.
     """
+    scale, exponent_scale = tl.cast(scale, tl.float32), tl.cast(exponent_scale, tl.float32)
     tiles = tl.cdiv(count, BLOCK_M)
     rest = tl.program_id(0) // tiles
     part = rest % parts

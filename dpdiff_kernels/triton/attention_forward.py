@@ -125,6 +125,7 @@ def forward_kernel(
 ):  # fmt: skip
     """lists, counts: with routes, each image's local prototypes. reference: of each softmax, scaled; where it is None,
     nothing is saved for a backward pass. difference has the strides of `out`; None without a gate."""
+    scale = tl.cast(scale, tl.float32)  # torch.compile passes it in float64
     sequence = tokens * batch if FOLDED else tokens
     tiles = tl.cdiv(sequence, BLOCK_T)
     instance = tl.program_id(0) // tiles

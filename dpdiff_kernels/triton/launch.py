@@ -3,9 +3,10 @@
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +16,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
+from dpdiff_kernels.operators import dispatched
+
 # Shared memory that one block may have, in bytes.
 TARGETS = {
     "sm_80": (GPUTarget("cuda", 80, 32), 163 << 10),
@@ -23,28 +26,56 @@ TARGETS = {
 }
 
 
+def registered(kind: Callable) -> Callable[[Callable], Callable]:
+    """Decorator: makes a function the operator dpdiff_triton::<its name> by `torch.library.triton_op` or `custom_op`.
+    The function itself can still be called."""
+
+    def register(function: Callable) -> Callable:
+        function.definition = kind(f"dpdiff_triton::{function.__name__}", function, mutates_args=())
+        return function
+
+    return register
+
+
 def launch(kernel: Any) -> Any:
-    """`launch(kernel)[grid](...)` in a `triton_op`: torch.compile sees the kernel; the interpreter's runs as it is."""
-    return torch.library.wrap_triton(kernel) if isinstance(kernel, JITFunction) else kernel
+    """`launch(kernel)[grid](...)` in a `triton_op`: torch.compile, where it traces one, sees the kernel."""
+    return torch.library.wrap_triton(kernel) if dispatched() and isinstance(kernel, JITFunction) else kernel
 
 
 def arch_of(device: torch.device) -> str:
     """The name in `TARGETS` whose choices of tiles fit `device`; the smallest NVIDIA one in the interpreter."""
-    if device.type != "cuda":
-        return "sm_80"
-    if torch.version.hip:
-        return "gfx942"
-    return "sm_90" if torch.cuda.get_device_capability(device)[0] >= 9 else "sm_80"
+    return "sm_80" if device.type != "cuda" else _properties(device.index)[0]
 
 
-@contextmanager
-def on_device(tensor: torch.Tensor) -> Iterator[None]:
+def multiprocessors_of(device: torch.device) -> int:
+    return 4 if device.type != "cuda" else _properties(device.index)[1]
+
+
+@cache  # asking the driver takes as long as a launch
+def _properties(index: int) -> tuple[str, int]:
+    found = torch.cuda.get_device_properties(index)
+    arch = "gfx942" if torch.version.hip else "sm_90" if found.major >= 9 else "sm_80"
+    return arch, found.multi_processor_count
+
+
+def on_device(tensor: torch.Tensor) -> AbstractContextManager:
     """Triton launches on the current device, which need not be the tensor's."""
-    if tensor.device.type == "cuda":
-        with torch.cuda.device(tensor.device):
-            yield
-    else:
-        yield
+    device = tensor.device
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
+
+
+# Triton's own, on the host, look into what they are given each time.
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def power_of_2(n: int) -> int:
+    """The least that is n or more."""
+    return 1 << max(int(n) - 1, 0).bit_length()
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,10 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from dpdiff_kernels import reference
-from dpdiff_kernels.triton.launch import Variant, arch_of, launch, on_device
+from dpdiff_kernels.triton.launch import Variant, arch_of, ceil_div, launch, on_device, power_of_2, registered
 from dpdiff_kernels.triton.nearest_search import (
     exhaust_kernel,
     norms_kernel,
@@ -49,7 +48,7 @@ def screen_tile(arch: str, n_prototypes: int, slots: int) -> Tile:
 
 def slots_of(k: int) -> int:
     """How many keys screening keeps of each token: enough for the k best and, nearly always, all that may tie."""
-    return max(8, triton.next_power_of_2(k + 3))
+    return max(8, power_of_2(k + 3))
 
 
 # The other kernels wait for memory: rows x channels.
@@ -120,22 +119,22 @@ def _search(
     n_unsettled = torch.zeros(n_batch, dtype=torch.int32, device=tokens.device)
     options = dict(METRIC=metric, SHARED=shared, ROUTED=routed)
     with on_device(tokens):
-        launch(screen_kernel)[(n_batch * triton.cdiv(n, tile.tokens),)](
+        launch(screen_kernel)[(n_batch * ceil_div(n, tile.tokens),)](
             x, p, scales, norms, largest, rows, counts, keys, positions, n, n_prototypes, x.shape[-1],
             **options, PACKED=packed, WHOLE=x.shape[-1] % tile.channels == 0, SLOTS=slots,
             BN=tile.tokens, BK=tile.prototypes, BD=tile.channels,
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
-        launch(settle_kernel)[(n_batch * triton.cdiv(n, SETTLE_TILE["BN"]),)](
+        launch(settle_kernel)[(n_batch * ceil_div(n, SETTLE_TILE["BN"]),)](
             tokens, prototypes, scales, remainders, norms, largest, bank_remainder, rows, counts, keys, positions,
             scores, indices, goodness, unsettled, n_unsettled, n, n_prototypes, d, k,
             **options, PACKED=packed, WITH_GOODNESS=with_goodness, SLOTS=slots,
             KEY_BITS=tile.prototypes.bit_length() - 1, **SETTLE_TILE, num_warps=settle_warps(arch),
         )  # fmt: skip
-        launch(exhaust_kernel)[(n_batch * triton.cdiv(n, EXHAUST_TILE["BN"]),)](
+        launch(exhaust_kernel)[(n_batch * ceil_div(n, EXHAUST_TILE["BN"]),)](
             tokens, prototypes, norms, rows, counts, scores, indices, goodness, unsettled, n_unsettled,
             n, n_prototypes, d, k,
-            **options, WITH_GOODNESS=with_goodness, SLOTS=triton.next_power_of_2(k), **EXHAUST_TILE,
+            **options, WITH_GOODNESS=with_goodness, SLOTS=power_of_2(k), **EXHAUST_TILE,
         )  # fmt: skip
     return scores, indices, goodness
 
@@ -145,7 +144,7 @@ def _norms(rows: Tensor) -> Tensor:
     norms = rows.new_empty(rows.shape[:-1], dtype=torch.float64)
     n = norms.numel()
     with on_device(rows):
-        launch(norms_kernel)[(triton.cdiv(n, ROW_TILE["R"]),)](rows, norms, n, rows.shape[-1], **ROW_TILE)
+        launch(norms_kernel)[(ceil_div(n, ROW_TILE["R"]),)](rows, norms, n, rows.shape[-1], **ROW_TILE)
     return norms
 
 
@@ -155,25 +154,25 @@ def _pack(rows: Tensor, norms: Tensor, largest: Tensor, dtype: torch.dtype, own:
     own: each row has its own scale.
     """
     n_of_bank, d = rows.shape[-2:]
-    depth = d if d % 16 == 0 and dtype == rows.dtype else triton.cdiv(d, 64) * 64  # as the other operand has it
+    depth = d if d % 16 == 0 and dtype == rows.dtype else ceil_div(d, 64) * 64  # as the other operand has it
     packed = rows.new_empty(*rows.shape[:-1], depth, dtype=dtype)
     scales, remainders = (torch.empty_like(norms, dtype=torch.float32) for _ in range(2))
     n = norms.numel()
     with on_device(rows):
-        launch(pack_kernel)[(triton.cdiv(n, ROW_TILE["R"]),)](
+        launch(pack_kernel)[(ceil_div(n, ROW_TILE["R"]),)](
             rows, norms, largest, packed, scales, remainders, n, n_of_bank, d, depth, OWN=own, **ROW_TILE
         )
     return packed, scales, remainders
 
 
-@torch.library.triton_op("dpdiff_triton::nearest_prototype", mutates_args={})
+@registered(torch.library.triton_op)
 def nearest_prototype(
     tokens: Tensor, prototypes: Tensor, k: int, metric: str, groups: Tensor | None, active_groups: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     return _search(tokens, prototypes, k, metric, groups, active_groups, with_goodness=False)[:2]
 
 
-@torch.library.triton_op("dpdiff_triton::aggregate_nearest", mutates_args={})
+@registered(torch.library.triton_op)
 def aggregate_nearest(
     tokens: Tensor,
     prototypes: Tensor,
@@ -189,7 +188,7 @@ def aggregate_nearest(
     n_batch, n, d = tokens.shape
     if tokens.numel() > 0:
         with on_device(tokens):
-            launch(values_kernel)[(triton.cdiv(n_batch * n, VALUES_TILE["BN"]),)](
+            launch(values_kernel)[(ceil_div(n_batch * n, VALUES_TILE["BN"]),)](
                 prototypes, indices, goodness, weights, values, n_batch * n, n, prototypes.shape[-2], d, k, temperature,
                 SHARED=prototypes.dim() == 2, **VALUES_TILE,
             )  # fmt: skip
@@ -206,7 +205,7 @@ def _sort(rows: Tensor, n_prototypes: int) -> tuple[Tensor, Tensor]:
     return order, torch.searchsorted(ascending, every)
 
 
-@torch.library.triton_op("dpdiff_triton::nearest_backward", mutates_args={})
+@registered(torch.library.triton_op)
 def nearest_backward(
     tokens: Tensor,
     prototypes: Tensor,
@@ -234,13 +233,13 @@ def nearest_backward(
     scales, factors, owns = (tokens.new_empty(size, dtype=torch.float32) for size in (n_rows, n_rows * k, n_rows * k))
     rows = tokens.new_empty(n_rows * k, dtype=torch.int32)
     norms = _norms(prototypes) if metric == "cosine" else scales
-    slots = triton.next_power_of_2(k)
+    slots = power_of_2(k)
     weights_, grad_scores_ = (scores if t is None else t for t in (weights, grad_scores))
     grad_values_ = tokens if grad_values is None else grad_values
     with_values = grad_values is not None
     with on_device(tokens):
         tile = _gradients_tile(slots)
-        launch(token_gradients_kernel)[(triton.cdiv(n_rows, tile["BN"]),)](
+        launch(token_gradients_kernel)[(ceil_div(n_rows, tile["BN"]),)](
             tokens, prototypes, norms, indices, scores, weights_, grad_values_, grad_scores_,
             grad_tokens, scales, rows, factors, owns, n_rows, n, n_prototypes, d, k, temperature,
             METRIC=metric, SHARED=prototypes.dim() == 2, WITH_VALUES=with_values,
@@ -248,7 +247,7 @@ def nearest_backward(
         )  # fmt: skip
         if of_prototypes:
             order, starts = _sort(rows, prototypes.numel() // d)
-            launch(member_sums_kernel)[((starts.numel() - 1) * triton.cdiv(d, SUMS_TILE["BD"]),)](
+            launch(member_sums_kernel)[((starts.numel() - 1) * ceil_div(d, SUMS_TILE["BD"]),)](
                 order, starts, tokens, scales, factors, grad_values_, weights_, owns, prototypes, norms,
                 grad_prototypes, norms, d, k,
                 GRADIENT=True, METRIC=metric, WEIGHTED=True, WITH_VALUES=with_values, **SUMS_TILE,
@@ -256,7 +255,7 @@ def nearest_backward(
     return grad_tokens, grad_prototypes
 
 
-@torch.library.triton_op("dpdiff_triton::prototype_statistics", mutates_args={})
+@registered(torch.library.triton_op)
 def prototype_statistics(
     tokens: Tensor, prototypes: Tensor, metric: str, weights: Tensor | None, with_inertia: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -270,7 +269,7 @@ def prototype_statistics(
         order, starts = _sort(indices.flatten(), n_prototypes)
         unused, weights_ = scores, scores if weights is None else weights
         with on_device(tokens):
-            launch(member_sums_kernel)[(n_prototypes * max(1, triton.cdiv(d, SUMS_TILE["BD"])),)](
+            launch(member_sums_kernel)[(n_prototypes * max(1, ceil_div(d, SUMS_TILE["BD"])),)](
                 order, starts, tokens, unused, weights_, tokens, unused, unused, prototypes, counts, sums, counts, d, 1,
                 GRADIENT=False, METRIC=metric, WEIGHTED=weights is not None, WITH_VALUES=False, **SUMS_TILE,
             )  # fmt: skip

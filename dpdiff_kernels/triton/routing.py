@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dpdiff_kernels.triton.launch import launch
+from dpdiff_kernels.triton.launch import ceil_div, launch
 
 _BLOCK = 1024
 
@@ -15,7 +15,7 @@ def active_mask(groups: Tensor, active_groups: Tensor) -> Tensor:
     batch, n_active = active_groups.shape
     mask = torch.empty(batch, groups.shape[0], dtype=torch.bool, device=groups.device)
     if mask.numel():
-        grid = (batch * triton.cdiv(groups.shape[0], _BLOCK),)
+        grid = (batch * ceil_div(groups.shape[0], _BLOCK),)
         launch(mark_kernel)[grid](
             groups.contiguous(), active_groups.contiguous(), mask, groups.shape[0], n_active, BLOCK=_BLOCK
         )

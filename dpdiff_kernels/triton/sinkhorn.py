@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dpdiff_kernels import reference
-from dpdiff_kernels.triton.launch import Variant, on_device
+from dpdiff_kernels.triton.launch import Variant, ceil_div, on_device, registered
 from dpdiff_kernels.triton.sinkhorn_iterations import adjoint, carried, damping, iterate, scalars, stopped, violation
 
 _INF = tl.constexpr(float("inf"))
@@ -188,12 +188,12 @@ class _Costs:
         self.batch, self.n, self.m = cost.shape
 
     def _grid(self, columns: bool) -> tuple[int]:
-        return (self.batch * triton.cdiv(self.m if columns else self.n, _tiles(columns)["OUT"]),)
+        return (self.batch * ceil_div(self.m if columns else self.n, _tiles(columns)["OUT"]),)
 
     def iterate(self, a, b, n_iters, tol, tau_a, tau_b, keep_all=False):
         logs = self.eps * a.double().log(), self.eps * b.double().log()
         weights, taus = (a, b), (tau_a, tau_b)
-        n_parts = triton.cdiv(self.n, _tiles(False)["OUT"])
+        n_parts = ceil_div(self.n, _tiles(False)["OUT"])
         pairs = [tuple(torch.empty_like(a) for _ in range(2)), _pair(torch.where(b > 0, logs[1], -float("inf")))]
 
         def half_step(columns, k, before, out, used, parts, stranded):
@@ -224,7 +224,7 @@ class _Costs:
     def add_gradient(self, out: Tensor, used: Tensor, q: tuple[Tensor, ...], r: tuple[Tensor, ...]) -> None:
         if out.numel():
             tiles = {"ROWS": 32, "WIDTH": 64}
-            grid = self.batch * triton.cdiv(self.n, 32) * triton.cdiv(self.m, 64)
+            grid = self.batch * ceil_div(self.n, 32) * ceil_div(self.m, 64)
             _cost_gradient[(grid,)](
                 out, self.cost, used, *_pair(q[0]), *_pair(q[1]), q[2], *_pair(r[0]), *_pair(r[1]), r[2],
                 self.n, self.m, q[0].shape[1], self.scale, **tiles, num_warps=4,
@@ -234,7 +234,7 @@ class _Costs:
 # Custom operators rather than triton_op: a loop over launches, which torch.compile had better not unroll.
 
 
-@torch.library.custom_op("dpdiff_triton::sinkhorn", mutates_args=())
+@registered(torch.library.custom_op)
 def sinkhorn(
     cost: Tensor,
     a: Tensor,
@@ -267,7 +267,7 @@ def sinkhorn(
     return plan, f, g, total, value, used, error
 
 
-@torch.library.custom_op("dpdiff_triton::sinkhorn_backward", mutates_args=())
+@registered(torch.library.custom_op)
 def sinkhorn_backward(
     cost: Tensor,
     a: Tensor,

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dpdiff_kernels import reference
-from dpdiff_kernels.triton.launch import Variant, arch_of, on_device
+from dpdiff_kernels.triton.launch import Variant, arch_of, ceil_div, on_device, registered
 from dpdiff_kernels.triton.sinkhorn_iterations import adjoint, carried, damping, iterate, scalars, stopped, violation
 
 _INF = tl.constexpr(float("inf"))
@@ -186,14 +186,14 @@ class _Points:
         logs = self.eps * a.double().log(), self.eps * b.double().log()
         weights, taus = (a, b), (tau_a, tau_b)
         tiles = _tiles(self.arch, self.dim)
-        n_parts = triton.cdiv(a.shape[1], tiles["OUT"])
+        n_parts = ceil_div(a.shape[1], tiles["OUT"])
         biases = [torch.empty_like(a), self._bias(torch.where(b > 0, logs[1], -float("inf")), 1)]
 
         def half_step(columns, k, before, out, used, parts, stranded):
             side, other = (1, 0) if columns else (0, 1)
             n, m = weights[side].shape[1], weights[other].shape[1]
             if out.numel():
-                _half_step[(self.batch * triton.cdiv(n, tiles["OUT"]),)](
+                _half_step[(self.batch * ceil_div(n, tiles["OUT"]),)](
                     self.points[side], self.points[other], biases[other], self.own[side], weights[side], logs[side],
                     before, out, biases[side], used, parts, stranded, k, n, m, self.dim, n_parts, out.stride(0),
                     self.eps, self.scale, self.factor, damping(taus[side], self.eps), taus[side] or float("inf"),
@@ -224,7 +224,7 @@ class _Points:
             u, t = (None, None) if pair is None else (pair[side].contiguous(), pair[other].contiguous())
             chunk_v = 16 if depth <= 16 else 64
             tiles = _tiles(self.arch, self.dim, applying=True)
-            grid = self.batch * triton.cdiv(n, tiles["OUT"]), max(1, triton.cdiv(depth, chunk_v))
+            grid = self.batch * ceil_div(n, tiles["OUT"]), max(1, ceil_div(depth, chunk_v))
             _apply[grid](
                 x, y, biases[side], biases[other], u, t, x.new_ones(self.batch, m) if w is None else w,
                 v.contiguous() if depth else None, sums, out,
@@ -238,7 +238,7 @@ class _Points:
         return 2 * (total[..., None] * self.points[side] - moment) if self.l2 else -moment
 
 
-@torch.library.custom_op("dpdiff_triton::sinkhorn_points", mutates_args=())
+@registered(torch.library.custom_op)
 def sinkhorn_points(
     x: Tensor,
     y: Tensor,
@@ -263,7 +263,7 @@ def sinkhorn_points(
     return f + poison[:, None], g + poison[:, None], (value + poison).float(), used, (error + poison).float()
 
 
-@torch.library.custom_op("dpdiff_triton::sinkhorn_points_backward", mutates_args=())
+@registered(torch.library.custom_op)
 def sinkhorn_points_backward(
     x: Tensor,
     y: Tensor,
@@ -308,7 +308,7 @@ def sinkhorn_points_backward(
     return of_x + poison[:, None, None], of_y + poison[:, None, None], of_a + poison[:, None], of_b + poison[:, None]
 
 
-@torch.library.custom_op("dpdiff_triton::sinkhorn_apply", mutates_args=())
+@registered(torch.library.custom_op)
 def sinkhorn_apply(x: Tensor, y: Tensor, h_x: Tensor, h_y: Tensor, v: Tensor, eps: float, metric: str) -> Tensor:
     """As dpdiff::sinkhorn_apply."""
     with on_device(x):
@@ -316,7 +316,7 @@ def sinkhorn_apply(x: Tensor, y: Tensor, h_x: Tensor, h_y: Tensor, v: Tensor, ep
         return points.apply(False, h_x, h_y, v=v)[1] + points.poison()
 
 
-@torch.library.custom_op("dpdiff_triton::sinkhorn_apply_backward", mutates_args=())
+@registered(torch.library.custom_op)
 def sinkhorn_apply_backward(
     grad: Tensor, x: Tensor, y: Tensor, h_x: Tensor, h_y: Tensor, v: Tensor, eps: float, metric: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -1,0 +1,75 @@
+"""Operators of torch.library get their fake kernels and gradients, and are called.
+
+Those of Triton are called without torch.library where nobody but autograd has to see the call: its layers of Python
+take longer than the kernels of small inputs.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+
+def register(
+    name: str,
+    fake: Callable | None = None,
+    backward: Callable | None = None,
+    setup_context: Callable | None = None,
+    function: Callable | None = None,
+) -> Callable:
+    """Registers what is given for the operator `name`, "namespace::operator", and returns what calls it.
+
+    fake, backward, setup_context: as for `torch.library.register_fake` and `register_autograd`.
+    function: the Python function that the operator runs, if it is one.
+    """
+    if fake is not None:
+        torch.library.register_fake(name, fake)
+    if backward is not None:
+        torch.library.register_autograd(name, backward, setup_context=setup_context)
+    namespace, operator = name.split("::")
+    operator = getattr(getattr(torch.ops, namespace), operator).default
+    return operator if function is None else _Direct(operator, function, backward, setup_context)
+
+
+class _Direct:
+    """Calls the operator's function itself, with its gradient, or the operator where it has to be seen."""
+
+    def __init__(
+        self, operator: Callable, function: Callable, backward: Callable | None, setup_context: Callable | None
+    ) -> None:
+        self.operator, self.function, self.differentiable = operator, function, None
+        if backward is not None:
+
+            def forward(ctx: Any, *arguments: Any) -> Any:
+                output = function(*arguments)
+                if setup_context is not None:  # not autograd.Function's own, for which it binds the signature each time
+                    setup_context(ctx, arguments, output)
+                return output
+
+            parts = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+            self.differentiable = type(function.__name__, (torch.autograd.Function,), parts).apply
+
+    def __call__(self, *arguments: Any) -> Any:
+        if observed(arguments):
+            return self.operator(*arguments)
+        if self.differentiable is not None and torch.is_grad_enabled():
+            if any(isinstance(x, Tensor) and x.requires_grad for x in arguments):
+                return self.differentiable(*arguments)
+        return self.function(*arguments)
+
+
+def observed(arguments: tuple) -> bool:
+    """Whether a compiler, a transform of torch.func, a dispatch mode or a subclass of Tensor is to see the call."""
+    return (
+        torch.compiler.is_compiling()
+        or dispatched()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or any(isinstance(x, Tensor) and type(x) not in (Tensor, Parameter) for x in arguments)
+    )
+
+
+def dispatched() -> bool:
+    """Whether a dispatch mode is active, as when torch.compile traces an operator."""
+    return torch._C._len_torch_dispatch_stack() > 0
