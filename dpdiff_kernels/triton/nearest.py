@@ -108,7 +108,7 @@ def _search(
         p, _, lost = _pack(prototypes, norms, largest, kind, own=metric == "cosine")
         bank_remainder = lost.amax(-1)
     if packed:
-        x, scales, remainders = _pack(tokens, _norms(tokens), largest, kind, own=True)
+        x, scales, remainders = _pack(tokens, None, largest, kind, own=True)
 
     slots = slots_of(k)
     arch = arch_of(tokens.device)
@@ -148,7 +148,9 @@ def _norms(rows: Tensor) -> Tensor:
     return norms
 
 
-def _pack(rows: Tensor, norms: Tensor, largest: Tensor, dtype: torch.dtype, own: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _pack(
+    rows: Tensor, norms: Tensor | None, largest: Tensor, dtype: torch.dtype, own: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """rows (..., D) in 16 bits, up to a multiple of 64 channels; their scales (...), and what rounding lost (...).
 
     own: each row has its own scale.
@@ -156,8 +158,8 @@ def _pack(rows: Tensor, norms: Tensor, largest: Tensor, dtype: torch.dtype, own:
     n_of_bank, d = rows.shape[-2:]
     depth = d if d % 16 == 0 and dtype == rows.dtype else ceil_div(d, 64) * 64  # as the other operand has it
     packed = rows.new_empty(*rows.shape[:-1], depth, dtype=dtype)
-    scales, remainders = (torch.empty_like(norms, dtype=torch.float32) for _ in range(2))
-    n = norms.numel()
+    scales, remainders = (rows.new_empty(rows.shape[:-1], dtype=torch.float32) for _ in range(2))
+    n = scales.numel()
     with on_device(rows):
         launch(pack_kernel)[(ceil_div(n, ROW_TILE["R"]),)](
             rows, norms, largest, packed, scales, remainders, n, n_of_bank, d, depth, OWN=own, **ROW_TILE
@@ -308,6 +310,7 @@ def variants(arch: str) -> Iterator[Variant]:
     for own in (True, False):
         yield variant(pack_kernel, "fp32", dict(OWN=own) | ROW_TILE)
     yield variant(pack_kernel, "bf16", dict(OWN=True) | ROW_TILE)
+    yield variant(pack_kernel, "fp32", dict(OWN=True, norms=None) | ROW_TILE)
     for metric in METRICS:
         for slots in sorted({slots_of(k) for k in range(1, 33)}):
             for n_prototypes, routed in ((64, True), (128, False)):

@@ -79,11 +79,14 @@ def pack_kernel(
 ):  # fmt: skip
     """packed (n, depth) = scale * rows and zeros, in 16 bits, and remainders (n,), bounds of what rounding lost.
 
-    OWN: each row is scaled to `LENGTH`. Else each bank of n_of_bank rows has one scale, that of its `largest` norm.
+    OWN: each row is scaled to `LENGTH`, by its norm, found here if norms is None. Else each bank of n_of_bank rows has
+    one scale, that of its `largest` norm.
     """
     row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
     inside = row < n
-    if OWN:
+    if OWN and norms is None:
+        norm = tl.sqrt(_square_norms(rows + row[:, None] * d, inside, d, BD))
+    elif OWN:
         norm = tl.load(norms + row, mask=inside, other=0.0)
     else:
         norm = tl.load(largest + row // n_of_bank, mask=inside, other=0.0)

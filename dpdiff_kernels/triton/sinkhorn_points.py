@@ -5,6 +5,7 @@ and one for its column: exp((h_i + k_j - |x_i - y_j|^2) / eps) = 2^(factor x_i y
 is attention's online softmax without values, the plan's application attention without normalisation.
 """
 
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -13,17 +14,22 @@ import triton.language as tl
 from torch import Tensor
 
 from dpdiff_kernels import reference
-from dpdiff_kernels.triton.launch import Variant, arch_of, ceil_div, on_device, registered
+from dpdiff_kernels.triton.launch import Variant, arch_of, ceil_div, multiprocessors_of, on_device, registered
 from dpdiff_kernels.triton.sinkhorn_iterations import adjoint, carried, damping, iterate, scalars, stopped, violation
 
 _INF = tl.constexpr(float("inf"))
 _LARGEST_SQUARE = 8e37  # beyond, a squared distance could overflow
 
 
-def _tiles(arch: str, dim: int, applying: bool = False) -> dict[str, int | str | bool]:
+def _tiles(arch: str, dim: int, applying: bool = False, many: bool = True) -> dict[str, int | str | bool]:
     """Output and reduced points of a tile, the part of their dimension that is held at a time, and how many warps hold
-    it. Products are as exact as float32's: of three TF32 where there are any."""
+    it. Products are as exact as float32's: of three TF32 where there are any. many: whether there are points enough for
+    large tiles on most multiprocessors."""
     whole = dim <= (32 if applying else 64)
+    if arch == "sm_90" and not applying:
+        tiles = {"OUT": 128, "REDUCED": 128, "num_warps": 8} if many else {"OUT": 32, "REDUCED": 64, "num_warps": 4}
+        chunk = 64 if whole and dim > 32 else 32
+        return tiles | {"CHUNK": chunk, "WHOLE": whole, "PRECISION": "tf32x3", "num_stages": 2}
     return {
         "OUT": 64,
         "REDUCED": 32 if applying or (arch == "sm_80" and dim > 32) else 64,
@@ -185,7 +191,9 @@ class _Points:
     def iterate(self, a, b, n_iters, tol, tau_a, tau_b, keep_all=False):
         logs = self.eps * a.double().log(), self.eps * b.double().log()
         weights, taus = (a, b), (tau_a, tau_b)
-        tiles = _tiles(self.arch, self.dim)
+        fewest = min(a.shape[1], b.shape[1])
+        many = 2 * self.batch * ceil_div(fewest, 128) >= multiprocessors_of(a.device)
+        tiles = _tiles(self.arch, self.dim, many=many)
         n_parts = ceil_div(a.shape[1], tiles["OUT"])
         biases = [torch.empty_like(a), self._bias(torch.where(b > 0, logs[1], -float("inf")), 1)]
 
@@ -340,14 +348,14 @@ def variants(arch: str) -> Iterator[Variant]:
     operands = dict.fromkeys(("x", "y", "row", "column", "u", "t", "w", "v", "sums", "out"), "*fp32")
     operands |= dict.fromkeys(("n", "m", "dim", "dim_u", "dim_v"), "i32") | {"factor": "fp32"}
     for dim in (32, 64, 65):
-        tiles = _tiles(arch, dim)
-        n_warps, n_stages = tiles.pop("num_warps"), tiles.pop("num_stages")
-        for columns in (False, True):
-            for tol in (False, True):
-                constants = tiles | {"COLUMNS": columns, "TOL": tol}
-                constants |= ({"before": None} if columns else {}) | ({} if tol else {"parts": None, "stranded": None})
-                signature = {name: kind for name, kind in everything.items() if name not in constants}
-                yield Variant(_half_step, signature, constants, n_warps, n_stages, divisible=("dim",))
+        sizes = (True, False) if arch == "sm_90" else (True,)
+        for many, columns, tol in itertools.product(sizes, (False, True), (False, True)):
+            tiles = _tiles(arch, dim, many=many)
+            n_warps, n_stages = tiles.pop("num_warps"), tiles.pop("num_stages")
+            constants = tiles | {"COLUMNS": columns, "TOL": tol}
+            constants |= ({"before": None} if columns else {}) | ({} if tol else {"parts": None, "stranded": None})
+            signature = {name: kind for name, kind in everything.items() if name not in constants}
+            yield Variant(_half_step, signature, constants, n_warps, n_stages, divisible=("dim",))
         for missing, chunks_v in ((("u", "t", "v", "out"), (16,)), (("u", "t"), (16, 64)), ((), (16, 64))):
             tiles = _tiles(arch, dim, applying=True)
             n_warps, n_stages = tiles.pop("num_warps"), tiles.pop("num_stages")
