@@ -7,6 +7,7 @@ Tests with the same group are one case, and their times are compared.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 import statistics
 import sys
@@ -25,7 +26,7 @@ if str(ROOT) not in sys.path:
 import dpdiff_kernels as dk  # noqa: E402
 from benchmarks import results  # noqa: E402
 from benchmarks.contenders import OURS, chosen_backend  # noqa: E402
-from benchmarks.limits import Limits, measure_limits  # noqa: E402
+from benchmarks.limits import measure_limits  # noqa: E402
 from benchmarks.memory import peak_memory  # noqa: E402
 from benchmarks.timing import Call  # noqa: E402
 
@@ -50,10 +51,13 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError("--device cuda: torch sees no CUDA device")
     config.stash[_RECORD] = results.Record()
     config.addinivalue_line("markers", "yardstick: a contender that doesn't solve the case's problem")
+    config.addinivalue_line("markers", "device(name): where a case or contender is run, if not on both")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    timer = _cuda_timer if config.getoption("device") == "cuda" else time.perf_counter
+    device = config.getoption("device")
+    items[:] = [item for item in items if all(mark.args == (device,) for mark in item.iter_markers("device"))]
+    timer = _cuda_timer if device == "cuda" else time.perf_counter
     for item in items:
         item.add_marker(pytest.mark.benchmark(timer=timer))
     cases = {item: place for place, item in reversed(list(enumerate(map(_case_of, items))))}
@@ -72,12 +76,15 @@ def _cuda_timer() -> float:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item) -> Generator:
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Generator:
     report = yield
     if report.skipped:
         reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
         name = getattr(item, "callspec", None) and item.callspec.params.get("contender")
         item.config.stash[_RECORD].skipped[str(name or item.nodeid)] = reason.removeprefix("Skipped: ")
+    elif report.failed:
+        why = str(call.excinfo.value).strip().partition("\n")[0]
+        item.config.stash[_RECORD].skipped[item.name] = f"failed: {call.excinfo.typename}: {why}"
     return report
 
 
@@ -98,7 +105,7 @@ def device(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def limits(request: pytest.FixtureRequest, device: str) -> Limits:
+def limits(request: pytest.FixtureRequest, device: str) -> None:
     """This machine's limits, measured before all else, with the threads that every library is to use."""
     threads = request.config.getoption("threads")
     torch.set_num_threads(threads)
@@ -109,8 +116,8 @@ def limits(request: pytest.FixtureRequest, device: str) -> Limits:
 
         faiss.omp_set_num_threads(threads)
         threadpool_limits(threads)  # of all that is loaded by now
-    found = request.config.stash[_RECORD].limits = measure_limits(device)
-    return found
+    if not request.config.getoption("benchmark_disable"):
+        request.config.stash[_RECORD].limits = measure_limits(device)
 
 
 @pytest.fixture
@@ -128,7 +135,8 @@ def measure(benchmark, request: pytest.FixtureRequest, device: str) -> Callable[
     """`measure(group, run, flops=, bytes=, dtype=, sweep=)` times `run()`, keeps the median, and takes its peak memory.
 
     After each round of a rival there is one of ours, so that the ratio between them is of the same minute, in which the
-    machine was as fast for both.
+    machine was as fast for both. With --benchmark-disable `run()` is called once and nothing is timed, which leaves
+    compiled kernels in the caches on disk.
 
     Args:
         group: the case, a short text; the same for all contenders.
@@ -148,6 +156,9 @@ def measure(benchmark, request: pytest.FixtureRequest, device: str) -> Callable[
         dtype: str = "float32",
         sweep: tuple[str, str, int] | None = None,
     ) -> None:
+        if config.getoption("benchmark_disable"):
+            run()
+            return
         benchmark.group = group
         call = Call.warmed_up(run, device)
         if name == OURS:
@@ -171,7 +182,7 @@ def measure(benchmark, request: pytest.FixtureRequest, device: str) -> Callable[
                 contender=name,
                 seconds=seconds,
                 ratio=seconds / statistics.median(beside) if beside else None,
-                memory=peak_memory(run, device),
+                memory=peak_memory(inspect.unwrap(run), device),  # of what a graph has captured
                 work=results.Work(flops, bytes, dtype),
                 yardstick=request.node.get_closest_marker("yardstick") is not None,
                 sweep=sweep,

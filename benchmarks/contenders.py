@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from functools import cache
+from typing import Any
 
 import pytest
 
@@ -14,7 +15,12 @@ OURS = "dpdiff"
 _COMPILE_SECONDS = 120
 
 
-def contenders(*rivals: str, yardsticks: Sequence[str] = (), backends: Sequence[str] = ("reference",)) -> Callable:
+def on(device: str, *values: object) -> Any:
+    """A contender, or another parameter of a benchmark, that is there on this device only."""
+    return pytest.param(*values, marks=pytest.mark.device(device))
+
+
+def contenders(*rivals: Any, yardsticks: Sequence[str] = (), backends: Sequence[str] = ("reference",)) -> Callable:
     """Decorator: the fixture `contender` becomes each of us, the rivals and the yardsticks in turn.
 
     It is "dpdiff" on each of our backends: the one that is chosen by itself, and `backends`. The reference is left out

@@ -18,6 +18,7 @@ from benchmarks.timing import best_time
 _DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("float32", "bfloat16", "float16")}
 _SIZES = {"cpu": (1024, 2048), "cuda": (4096, 8192)}  # of square matrices; the best counts
 _COPIED = {"cpu": 2**27, "cuda": 2**31}  # bytes, several times what any cache holds
+_SECONDS = {"cpu": 0.4, "cuda": 0.1}  # of timing each
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def measure_limits(device: str = "cpu") -> Limits:
         torch.backends.cuda.matmul.allow_tf32 = before
     source = torch.zeros(_COPIED[device] // 4, device=device)
     target = torch.empty_like(source)
-    bandwidth = 2 * _COPIED[device] / best_time(lambda: target.copy_(source), device)
+    bandwidth = 2 * _COPIED[device] / best_time(lambda: target.copy_(source), device, _SECONDS[device])
     return Limits(flops, bandwidth, device, torch.get_num_threads())
 
 
@@ -59,7 +60,8 @@ def _product_rate(dtype: torch.dtype, device: str) -> float:
     for size in _SIZES[device]:
         a, b = torch.randn(2, size, size, device=device).to(dtype)
         out = torch.empty_like(a)
-        rates.append(2 * size**3 / best_time(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), device))
+        product = lambda a=a, b=b, out=out: torch.mm(a, b, out=out)
+        rates.append(2 * size**3 / best_time(product, device, _SECONDS[device]))
     return max(rates)
 
 

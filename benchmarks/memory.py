@@ -19,7 +19,6 @@ def peak_memory(run: Callable[[], object], device: str) -> int | None:
     the system first, and what libraries keep from an earlier call counts as held. None where the system (other than
     Linux with glibc) doesn't tell. On GPUs it is what torch's allocator hands out.
     """
-    gc.collect()
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -27,6 +26,7 @@ def peak_memory(run: Callable[[], object], device: str) -> int | None:
         run()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
+    gc.collect()
     try:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
         (_PROCESS / "clear_refs").write_text("5")  # the high-water mark falls to what is held now

@@ -2,10 +2,12 @@
 
     pytest benchmarks/ops/bench_attention.py [--device cuda]
 
-Tokens are (16, 12, 784, 64); banks are shared by the batch. Rivals are eager and compiled, with banks expanded to the
-batch and with the batch folded into the tokens. Every contender's answer is checked against float64 on one image.
+Tokens are (16, 12, 784, 64); banks are shared by the batch. Rivals have banks expanded to the batch, or the batch
+folded into the tokens. On processors they are eager and compiled; on GPUs, where compiling leaves the kernel as it is,
+PyTorch picks the kernel or it is named. Every contender's answer is checked against float64 on one image.
 """
 
+import contextlib
 from collections.abc import Callable
 from functools import partial
 
@@ -13,9 +15,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import dpdiff_kernels as dk
-from benchmarks.contenders import contenders
+from benchmarks.contenders import contenders, on
 from benchmarks.memory import peak_memory
 
 BATCH, HEADS, TOKENS, CHANNELS = 16, 12, 784, 64
@@ -45,27 +48,50 @@ def blended(attention: Callable) -> Callable:
     return blend
 
 
-RIVALS = {
-    "sdpa, expanded": expanded,
-    "sdpa, folded": folded,
-    "sdpa, expanded, compiled": torch.compile(expanded, dynamic=False),
-    "sdpa, folded, compiled": torch.compile(folded, dynamic=False),
+FORMS = {"expanded": expanded, "folded": folded}
+KERNELS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cuDNN": SDPBackend.CUDNN_ATTENTION,
+    "memory-efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
-BLENDS = {
-    "2 sdpa, expanded": blended(expanded),
-    "2 sdpa, folded": blended(folded),
-    "2 sdpa, expanded, compiled": torch.compile(blended(expanded), dynamic=False),
-    "2 sdpa, folded, compiled": torch.compile(blended(folded), dynamic=False),
-}
+RIVALS = {f"sdpa, {form}": run for form, run in FORMS.items()}
+RIVALS |= {f"sdpa, {form}, compiled": torch.compile(run, dynamic=False) for form, run in FORMS.items()}
+BLENDS = {f"2 sdpa, {form}": blended(run) for form, run in FORMS.items()}
+BLENDS |= {f"2 sdpa, {form}, compiled": torch.compile(blended(run), dynamic=False) for form, run in FORMS.items()}
+NAMED = {f"{kernel} sdpa, {form}": run for kernel in KERNELS for form, run in FORMS.items()}
+NAMED_BLENDS = {f"2 {name}": blended(run) for name, run in NAMED.items()}
+
+
+def eager_or_compiled(rivals: dict[str, Callable], compiled_on_gpus: tuple[str, ...] = ()) -> list:
+    on_both = lambda name: not name.endswith("compiled") or name in compiled_on_gpus
+    return [name if on_both(name) else on("cpu", name) for name in rivals]
+
+
+@contextlib.contextmanager
+def named_kernel(contender: str, dtype: str):
+    """SDPA on the kernel that the contender's name has, if it has one; skipped where that can't run the case."""
+    kernel = next((kernel for name, kernel in KERNELS.items() if name in contender), None)
+    if kernel is None:
+        yield
+        return
+    if dtype == "float32" and kernel != SDPBackend.EFFICIENT_ATTENTION:
+        pytest.skip("in float32: this kernel takes float16 and bfloat16 only")
+    with sdpa_kernel(kernel):
+        try:
+            yield
+        except RuntimeError as error:
+            if "No available kernel" not in str(error):
+                raise
+            pytest.skip(f"in {dtype}: {error}")
 
 
 def operands(device: str, dtype: str, *banks: int, gate: bool = False) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
     shapes = [(BATCH, HEADS, TOKENS, CHANNELS)] + [(HEADS, m, CHANNELS) for m in banks for _ in ("key", "value")]
-    tensors = [torch.randn(shape, generator=generator) for shape in shapes]
+    tensors = [torch.randn(shape, generator=generator, device=device) for shape in shapes]
     if gate:
-        tensors.append(torch.rand(BATCH, HEADS, TOKENS, generator=generator))
-    return [t.to(device, DTYPES[dtype]).requires_grad_() for t in tensors]
+        tensors.append(torch.rand(BATCH, HEADS, TOKENS, generator=generator, device=device))
+    return [t.to(DTYPES[dtype]).requires_grad_() for t in tensors]
 
 
 def check(attention: Callable, tensors: list[Tensor], seen: Tensor | slice) -> None:
@@ -89,7 +115,7 @@ def timed(attention: Callable, tensors: list[Tensor], backward: bool, seen: Tens
     """seen: the prototypes that the first image attends to."""
     torch.compiler.reset()  # after eight shapes, compiled rivals would be run as they are
     check(attention, tensors, seen)
-    grad_out = torch.randn(tensors[0].shape).to(tensors[0])
+    grad_out = torch.randn(tensors[0].shape, device=tensors[0].device).to(tensors[0])
 
     def forward():
         with torch.no_grad():
@@ -102,22 +128,25 @@ def timed(attention: Callable, tensors: list[Tensor], backward: bool, seen: Tens
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("m", [256, 1024, 2560])
+@pytest.mark.parametrize("m", [256, 1024, 2560, on("cuda", 4096)])
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward+backward"])
-@contenders(*RIVALS)
+@contenders(*eager_or_compiled(RIVALS), *(on("cuda", name) for name in NAMED))
 def test_one_bank(measure, device, contender, backward, m, dtype):
-    run = timed(RIVALS.get(contender, dk.prototype_attention), operands(device, dtype, m), backward)
+    attention = (RIVALS | NAMED).get(contender, dk.prototype_attention)
     group = f"{dtype}, M = {m:,}, {'forward + backward' if backward else 'forward'}"
-    measure(group, run, **work(dtype, m, backward))
+    with named_kernel(contender, dtype):
+        run = timed(attention, operands(device, dtype, m), backward)
+        measure(group, run, **work(dtype, m, backward))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@contenders(*BLENDS)
+@contenders(*eager_or_compiled(BLENDS, ("2 sdpa, folded, compiled",)), *(on("cuda", name) for name in NAMED_BLENDS))
 def test_two_banks(measure, device, contender, dtype):
-    tensors = operands(device, dtype, 1024, 128, gate=True)
-    run = timed(BLENDS.get(contender, dk.prototype_attention), tensors, backward=True)
+    attention = (BLENDS | NAMED_BLENDS).get(contender, dk.prototype_attention)
     group = f"{dtype}, 1,024 and 128 prototypes with gate, forward + backward"
-    measure(group, run, **work(dtype, 1024 + 128, True))
+    with named_kernel(contender, dtype):
+        run = timed(attention, operands(device, dtype, 1024, 128, gate=True), backward=True)
+        measure(group, run, **work(dtype, 1024 + 128, True))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -22,7 +22,7 @@ COMPARED = 256  # tokens whose answer is checked
 @pytest.fixture
 def random(device) -> Callable[..., Tensor]:
     def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
+        return torch.randn(*shape, generator=torch.Generator(device).manual_seed(seed), device=device).to(dtype)
 
     return draw
 

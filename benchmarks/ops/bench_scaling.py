@@ -14,13 +14,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import dpdiff_kernels as dk
-from benchmarks.contenders import contenders
+from benchmarks.contenders import contenders, on
 
 TOKENS, PROTOTYPES = 4096, 512
 THREADS = [2**i for i in range((torch.get_num_threads()).bit_length())]
 GROWING = [("tokens", n) for n in (1024, 4096, 16_384)]
 GROWING += [("prototypes", m) for m in (64, 256, 1024, 4096)]
-GROWING += [("threads", n) for n in THREADS]
+GROWING += [on("cpu", ("threads", n)) for n in THREADS]
 
 
 class Problem(NamedTuple):
@@ -34,7 +34,7 @@ class Problem(NamedTuple):
 
 
 def draw(device: str, *shape: int, seed: int = 0) -> Tensor:
-    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed)).to(device)
+    return torch.rand(*shape, generator=torch.Generator(device).manual_seed(seed), device=device)
 
 
 def nearest(device: str, n: int, m: int) -> Problem:
@@ -83,8 +83,6 @@ def threads(growing) -> Generator[None]:
 @pytest.mark.parametrize("operator", [nearest, attention, sinkhorn], ids=lambda operator: operator.__name__)
 def test_growing(measure, device, operator, growing, threads, contender):
     axis, size = growing
-    if axis == "threads" and device == "cuda":
-        pytest.skip("threads are the processor's")
     n, m = size if axis == "tokens" else TOKENS, size if axis == "prototypes" else PROTOTYPES
     problem = operator(device, n, m)
     ours, theirs = problem.dpdiff(), problem.torch()
