@@ -16,7 +16,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from benchmarks import plots, scaling
+from benchmarks import plots
 from benchmarks.contenders import OURS
 from benchmarks.results import megabytes, milliseconds
 
@@ -112,6 +112,8 @@ def page(runs: Sequence[dict], studies: Sequence[dict], command: str, figures: s
     if any("sweep" in case for case in cases):
         parts += ["## Scaling", f"![Time as sizes grow]({figures}/growing.svg)"]
     for study in studies:
+        from benchmarks import scaling  # with the models and all that they need, which benchmarks of operators don't
+
         rows = [
             (row["model"], str(row["categories"]), *(scaling.shown(row, name) for name in scaling.QUANTITIES))
             for row in study["rows"]
@@ -165,6 +167,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     plots.roofline(cases, runs[0], figures / "roofline")
     plots.growing(cases, figures / "growing")
     for study in studies:
+        from benchmarks import scaling
+
         scaling.plot(study, str(figures / "categories"))
     args.page.write_text(page(runs, studies, command, figures.name), encoding="utf-8")
     if args.readme:

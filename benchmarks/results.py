@@ -23,7 +23,6 @@ from rich.table import Table
 import dpdiff_kernels as dk
 from benchmarks.contenders import OURS
 from benchmarks.limits import Limits
-from dpdiff._files import atomic_write
 
 RIVALS = ("faiss-cpu", "flash-kmeans", "flash-sinkhorn", "geomloss", "POT", "pykeops", "scikit-learn", "triton")
 
@@ -119,8 +118,11 @@ def _caches() -> str:
 
 
 def save(results: dict, path: str | os.PathLike) -> None:
-    with atomic_write(path) as tmp:
-        tmp.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")  # a file that is there stays whole until this one is
+    part.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    part.replace(path)
 
 
 def load(path: str | os.PathLike) -> dict:

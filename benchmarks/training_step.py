@@ -1,11 +1,15 @@
 """A step of training on features that are known already, to be timed."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from dpdiff.detector import Detector
+if TYPE_CHECKING:
+    from dpdiff.detector import Detector  # of a package that may lack what it needs
 
 
 def training_step(model: Detector, features: Tensor, bfloat16: bool) -> Callable[[], None]:

@@ -1,6 +1,9 @@
 """Times other tile sizes of the Triton kernels beside those in use, on the GPU that is there:
 
-    python -m benchmarks.tune [--only attention] [--seconds 60] [--json FILE]
+    python -m benchmarks.tune [--only attention] [--seconds 60] [--processes 14] [--json FILE]
+
+Compiling takes far longer than timing. With --processes, as many first run every candidate once, which leaves the
+kernels in Triton's cache on disk.
 
 A candidate that doesn't compile, doesn't fit, or answers something else is told and left out. What is faster belongs
 into the table of its module; nothing is changed here.
@@ -11,9 +14,12 @@ from __future__ import annotations
 import argparse
 import importlib
 import itertools
+import multiprocessing
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -54,24 +60,48 @@ class Trial:
     error: str = ""
 
 
+@contextmanager
+def tried(sweep: Sweep, change: Callable[[Any], Any]) -> Iterator[None]:
+    """In the block, the sweep's kernels have the tiles of a candidate."""
+    pick = getattr(sweep.module, sweep.picker)
+    setattr(sweep.module, sweep.picker, lambda *args, **kwargs: change(pick(*args, **kwargs)))
+    try:
+        yield
+    finally:
+        setattr(sweep.module, sweep.picker, pick)
+
+
 def attempt(sweep: Sweep, device: str, until: float = float("inf")) -> Iterator[Trial]:
     """The tiles in use, then every candidate, while the clock is below `until`."""
     right = sweep.run()
     in_use = best_time(sweep.run, device, _SECONDS)
     yield Trial(sweep.name, "in use", in_use, 1.0)
-    pick = getattr(sweep.module, sweep.picker)
     for candidate, change in sweep.changes:
         if time.perf_counter() > until:
             return
-        setattr(sweep.module, sweep.picker, lambda *args, change=change, **kwargs: change(pick(*args, **kwargs)))
         try:
-            torch.testing.assert_close(sweep.run(), right, rtol=2e-2, atol=2e-2)
-            seconds = best_time(sweep.run, device, _SECONDS)
+            with tried(sweep, change):
+                torch.testing.assert_close(sweep.run(), right, rtol=2e-2, atol=2e-2)
+                seconds = best_time(sweep.run, device, _SECONDS)
             yield Trial(sweep.name, candidate, seconds, in_use / seconds)
         except Exception as error:  # whatever the compiler or the driver raises is the finding
             yield Trial(sweep.name, candidate, error=f"{type(error).__name__}: {' '.join(str(error).split())[:120]}")
-        finally:
-            setattr(sweep.module, sweep.picker, pick)
+
+
+def compile_ahead(only: str, place: int, step: int, until: float) -> None:
+    """Runs once every `step`-th candidate from `place` on, in a process of its own, while `time.time()` is below
+    `until`. What fails will fail again when it is to be timed, and is told then."""
+    with dk.use_backend("triton"):
+        candidates = [(sweep, change) for sweep in chosen(only) for _, change in sweep.changes]
+        for sweep, change in candidates[place::step]:
+            if time.time() > until:
+                return
+            with suppress(Exception), tried(sweep, change):
+                sweep.run()
+
+
+def chosen(only: str) -> list[Sweep]:
+    return [sweep for sweep in sweeps("cuda") if only in sweep.name]
 
 
 def sweeps(device: str) -> list[Sweep]:
@@ -129,18 +159,24 @@ def table(trials: Sequence[Trial]) -> Table:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", default="", metavar="TEXT", help="sweeps whose name has it")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="for all sweeps, shared evenly")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="of timing, shared evenly by the sweeps")
+    parser.add_argument("--processes", type=int, default=0, metavar="N", help="compile first, for as many seconds")
     parser.add_argument("--json", metavar="FILE", help="write every trial")
     args = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         parser.error("torch sees no CUDA device")
+    if args.processes:
+        with ProcessPoolExecutor(args.processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+            until = time.time() + args.seconds
+            for place in range(args.processes):
+                pool.submit(compile_ahead, args.only, place, args.processes, until)
     trials: list[Trial] = []
     with dk.use_backend("triton"):
-        chosen = [sweep for sweep in sweeps("cuda") if args.only in sweep.name]
+        found = chosen(args.only)
         end = time.perf_counter() + args.seconds
-        for i, sweep in enumerate(chosen):
+        for i, sweep in enumerate(found):
             now = time.perf_counter()
-            trials += attempt(sweep, "cuda", now + (end - now) / (len(chosen) - i))
+            trials += attempt(sweep, "cuda", now + (end - now) / (len(found) - i))
     console = Console(width=None if sys.stdout.isatty() else 140)
     console.print(table(trials))
     failed = sum(trial.seconds is None for trial in trials)

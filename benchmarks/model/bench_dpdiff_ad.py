@@ -12,15 +12,15 @@ import torch
 import dpdiff_kernels as dk
 from benchmarks.contenders import contenders
 from benchmarks.training_step import training_step
-from dpdiff import DPDiffAD
 
 BATCH = 16
 
 
 @pytest.fixture(scope="module")
-def model(device) -> DPDiffAD:
+def model(device):
+    dpdiff = pytest.importorskip("dpdiff")
     torch.manual_seed(0)
-    return DPDiffAD(pretrained=False).to(device)
+    return dpdiff.DPDiffAD(pretrained=False).to(device)
 
 
 @pytest.fixture

@@ -278,13 +278,13 @@ def geomloss_points(x: Tensor, y: Tensor, eps: float, n_iters: int) -> tuple[Ten
 
 
 def flash_points(x: Tensor, y: Tensor, eps: float, n_iters: int) -> tuple[Tensor, Tensor]:
-    """Products in float32, as ours; its default is TF32. It tunes itself to each size, which the few points of a check
-    are not worth."""
+    """Products in float32, as ours; its default is TF32. It tunes itself to each size, for a minute of compiling:
+    not to small ones here, whose time is that of launches."""
     if not x.is_cuda:
         pytest.skip("flash-sinkhorn runs on GPUs only")
     solve = pytest.importorskip("flash_sinkhorn.kernels").sinkhorn_flashstyle_alternating
     a, b = (torch.full((len(points),), 1 / len(points), device=points.device) for points in (x, y))
-    return solve(x, y, a, b, eps=eps, n_iters=n_iters, allow_tf32=False, autotune=len(x) >= 1_000)
+    return solve(x, y, a, b, eps=eps, n_iters=n_iters, allow_tf32=False, autotune=len(x) > 1_000)
 
 
 def dpdiff_points(x: Tensor, y: Tensor, eps: float, n_iters: int, **options) -> tuple[Tensor, Tensor]:

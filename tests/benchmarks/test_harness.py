@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,7 @@ import time
 import pytest
 import torch
 import dpdiff_kernels as dk
-from benchmarks.contenders import contenders
+from benchmarks.contenders import contenders, on
 
 tokens, prototypes = torch.rand(64, 8), torch.rand(4, 8)
 
@@ -28,6 +30,11 @@ def test_sleep(measure, contender, seconds):
     run = lambda: time.sleep(seconds * (2 if contender == "twice as slow" else 1))
     measure(f"{seconds} s", run, flops=1e6)
 
+@contenders("wrong", on("cuda", "on GPUs"), backends=())
+def test_answer(measure, contender):
+    assert contender != "wrong", "another answer"
+    measure("answer", lambda: None)
+
 @contenders(backends=())
 def test_memory(measure, contender):
     measure("memory", lambda: torch.ones(16 << 20))
@@ -38,17 +45,28 @@ def test_backend(measure, contender):
     on_reference = select(None, ("cpp", "reference"), tokens) == "reference"
     measure(f"reference: {on_reference}", lambda: dk.nearest_prototype(tokens, prototypes))
 """
+HANGS = """
+def test_hangs():
+    open("hangs", "w").close()
+    time.sleep(60)
+"""
+
+
+def start(folder: Path, benchmark: str, *options: str) -> subprocess.Popen:
+    (folder / "bench_sleep.py").write_text(benchmark)
+    command = [sys.executable, "-m", "pytest", "-p", "benchmarks.conftest", "-c", ROOT / "pyproject.toml", "-q"]
+    command += [f"--rootdir={folder}", "--budget=0.1", "--threads=1", "--results=found.json", "bench_sleep.py"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen([*command, *options], cwd=folder, env=environment, start_new_session=True, **output)
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory) -> dict:
     folder = tmp_path_factory.mktemp("harness")
-    (folder / "bench_sleep.py").write_text(BENCHMARK)
-    command = [sys.executable, "-m", "pytest", "-p", "benchmarks.conftest", "-c", ROOT / "pyproject.toml", "-q"]
-    command += [f"--rootdir={folder}", "--budget=0.1", "--threads=1", "--results=found.json", "bench_sleep.py"]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment)
-    assert done.returncode == 0, done.stdout + done.stderr
+    process = start(folder, BENCHMARK)
+    told = process.communicate()[0]
+    assert process.returncode == 1 and "1 failed" in told, told  # the contender whose answer is wrong
     return json.loads((folder / "found.json").read_text())
 
 
@@ -78,3 +96,29 @@ def test_the_reference_is_what_the_second_of_us_runs_on(found):
 
 def test_a_rival_that_is_not_installed_is_named_with_the_reason(found):
     assert "no_such_library" in found["skipped"]["absent"]
+
+
+def test_a_contender_that_fails_is_named_and_one_of_another_device_is_not(found):
+    assert found["skipped"]["test_answer[wrong]"] == "failed: AssertionError: another answer"
+    assert list(case(found, "answer")["seconds"]) == ["dpdiff"]
+    assert not any("GPUs" in name for name in found["skipped"])
+
+
+def test_an_interrupted_run_keeps_what_it_has(tmp_path):
+    """As `timeout --signal=INT` does: to the process, and to its group."""
+    process = start(tmp_path, BENCHMARK + HANGS)
+    while not (tmp_path / "hangs").exists():
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.1)
+    os.kill(process.pid, signal.SIGINT)
+    os.killpg(process.pid, signal.SIGINT)
+    told = process.communicate(timeout=60)[0]
+    assert process.returncode == 2 and "KeyboardInterrupt" in told
+    assert {case["case"] for case in json.loads((tmp_path / "found.json").read_text())["cases"]} >= {"0.01 s", "0.02 s"}
+
+
+def test_with_benchmarks_disabled_everything_runs_and_nothing_is_timed(tmp_path):
+    process = start(tmp_path, BENCHMARK, "--benchmark-disable")
+    told = process.communicate()[0]
+    assert "1 failed, 10 passed" in told, told
+    assert not (tmp_path / "found.json").exists()
