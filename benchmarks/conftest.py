@@ -70,6 +70,10 @@ def _case_of(item: pytest.Item) -> tuple:
     return (item.path, item.originalname, *parameters.items())
 
 
+def _operator(item: pytest.Item) -> str:
+    return item.path.stem.removeprefix("bench_")
+
+
 def _cuda_timer() -> float:
     torch.cuda.synchronize()
     return time.perf_counter()
@@ -77,14 +81,14 @@ def _cuda_timer() -> float:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Generator:
-    report = yield
+    report, operator = (yield), _operator(item)
     if report.skipped:
         reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
         name = getattr(item, "callspec", None) and item.callspec.params.get("contender")
-        item.config.stash[_RECORD].skipped[str(name or item.nodeid)] = reason.removeprefix("Skipped: ")
+        item.config.stash[_RECORD].skipped[f"{operator}: {name or item.name}"] = reason.removeprefix("Skipped: ")
     elif report.failed:
         why = str(call.excinfo.value).strip().partition("\n")[0]
-        item.config.stash[_RECORD].skipped[item.name] = f"failed: {call.excinfo.typename}: {why}"
+        item.config.stash[_RECORD].skipped[f"{operator}: {item.name}"] = f"failed: {call.excinfo.typename}: {why}"
     return report
 
 
@@ -177,7 +181,7 @@ def measure(benchmark, request: pytest.FixtureRequest, device: str) -> Callable[
         seconds = benchmark.stats.stats.median
         config.stash[_RECORD].measurements.append(
             results.Measurement(
-                operator=request.path.stem.removeprefix("bench_"),
+                operator=_operator(request.node),
                 case=group,
                 contender=name,
                 seconds=seconds,

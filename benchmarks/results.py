@@ -55,7 +55,7 @@ class Measurement:
 
 @dataclass
 class Record:
-    """What a run gathers. skipped: contender -> reason."""
+    """What a run gathers. skipped: operator and contender, or the test that failed, -> reason."""
 
     measurements: list[Measurement] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)

@@ -95,11 +95,11 @@ def test_the_reference_is_what_the_second_of_us_runs_on(found):
 
 
 def test_a_rival_that_is_not_installed_is_named_with_the_reason(found):
-    assert "no_such_library" in found["skipped"]["absent"]
+    assert "no_such_library" in found["skipped"]["sleep: absent"]
 
 
 def test_a_contender_that_fails_is_named_and_one_of_another_device_is_not(found):
-    assert found["skipped"]["test_answer[wrong]"] == "failed: AssertionError: another answer"
+    assert found["skipped"]["sleep: test_answer[wrong]"] == "failed: AssertionError: another answer"
     assert list(case(found, "answer")["seconds"]) == ["dpdiff"]
     assert not any("GPUs" in name for name in found["skipped"])
 

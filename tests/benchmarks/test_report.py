@@ -82,6 +82,25 @@ def test_results_of_two_machines_are_not_mixed(found, tmp_path, capsys):
     assert "several machines" in capsys.readouterr().err
 
 
+def test_a_gpu_has_its_page(tmp_path):
+    """Cases of a GPU's data types and rates, with a contender that was skipped for one type only."""
+    work = Work(4e8, 1e6, "bfloat16")
+    rows = [
+        Measurement("attention", "bfloat16, M = 256", "dpdiff", 2e-4, None, 3_000_000, work),
+        Measurement("attention", "bfloat16, M = 256", "flash sdpa, folded", 1e-4, 0.5, 0, work),
+    ]
+    limits = Limits({"float32": 5e13, "bfloat16": 8e14, "float16": 8e14, "tf32": 4e14}, 4e12, "cuda", 16)
+    skipped = {"attention: flash sdpa, folded": "in float32: this kernel takes float16 and bfloat16 only"}
+    run_on_gpu = results.assemble(Record(rows, skipped, limits), limits, ["pytest", "--device", "cuda"])
+    run_on_gpu["machine"]["cuda:0"] = "NVIDIA X, sm_90"
+    page = run(tmp_path, run_on_gpu)
+    for part in ("|  | flash sdpa, folded | 0.100 ms | 0.50 | 0.0 MB | 0% |", "NVIDIA X", "tf32 | 400,000 GFLOP/s"):
+        assert part in page
+    assert "| attention | 1 | 0.50 | 0.50 | 0.50 |" in page  # slower than a rival, and said so
+    assert "- attention: flash sdpa, folded: in float32" in page
+    assert (tmp_path / "docs" / "page" / "roofline.svg").exists()
+
+
 def test_the_summary_replaces_the_one_in_the_readme(found):
     text = f"before\n{report._START}\nold\n{report._END}\nafter\n"
     once = report.update_readme(text, [found], "docs/benchmarks.md")

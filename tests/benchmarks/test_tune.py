@@ -1,11 +1,15 @@
 """The sweep over tile sizes, on a module whose tiles are seconds to sleep."""
 
 import time
+from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+import dpdiff_kernels as dk
+from benchmarks import tune
 from benchmarks.tune import Sweep, attempt, table
 
 
@@ -41,6 +45,19 @@ def test_candidates_are_timed_beside_what_is_in_use(sweep):
 
 def test_no_candidate_begins_after_the_time_is_up(sweep):
     assert [trial.candidate for trial in attempt(sweep, "cpu", until=time.perf_counter())] == ["in use"]
+
+
+def test_candidates_are_shared_by_processes_that_compile_ahead(sweep, monkeypatch):
+    tried, pick, run = [], sweep.module.pick, sweep.run
+    noting = replace(sweep, run=lambda: (tried.append(sweep.module.pick(0.004)), run()))
+    monkeypatch.setattr(tune, "sweeps", lambda device: [noting])
+    monkeypatch.setattr(dk, "use_backend", lambda name: nullcontext())
+    tune.compile_ahead("", 0, 2, float("inf"))
+    assert tried == [0.002, 4.0]  # every second one, also where it fails
+    tune.compile_ahead("", 1, 2, float("inf"))
+    assert tried == [0.002, 4.0, 0.008, 0.00004] and sweep.module.pick is pick
+    tune.compile_ahead("", 0, 1, until=0)
+    assert len(tried) == 4
 
 
 def test_the_table_has_what_is_faster(sweep):
