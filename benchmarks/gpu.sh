@@ -66,7 +66,7 @@ if command -v compute-sanitizer >/dev/null; then # every instruction is checked:
 fi
 wait
 
-end=$((seconds - 20)) # which the report has
+end=$((seconds - 15)) # which the report has
 export PYTEST_TIMEOUT=40 # seconds of one contender, where pytest-timeout is installed
 step benchmarks 270 "$python" -m pytest "${suites[@]}" -q -p no:cacheprovider --device cuda --budget 0.05 \
     --benchmark-columns=median,iqr --results "$out/results/benchmarks.json"
