@@ -21,19 +21,31 @@ struct alignas(16) Quad {
 
 #ifdef __CUDACC__
 // The blocks that work together on one problem: a thread-block cluster (on architectures without, a single block). Each
-// has a board, which the others can read.
+// has a board, to which the others can send, and which they can read.
 class Cluster {
  public:
-  static constexpr int kMostThreads = 256;
+  static constexpr int kBytes = 16;  // of shared memory before the board: two mbarriers
 
-  __device__ Cluster(int size, char* board) : size_(size), board_(board) {}
+  __device__ Cluster(int size, char* memory)
+      : size_(size), barriers_(address(memory)), board_(reinterpret_cast<float*>(memory + kBytes)) {
+#if __CUDA_ARCH__ >= 900
+    if (size_ == 1) return;
+    if (thread() == 0) {
+      for (unsigned turn = 0; turn < 2; ++turn) {
+        asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier(turn)) : "memory");
+      }
+      asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+    sync_all();
+#endif
+  }
 
   DPDIFF_DEVICE int thread() const { return threadIdx.x; }
   DPDIFF_DEVICE int threads() const { return blockDim.x; }
   DPDIFF_DEVICE int size() const { return size_; }
   DPDIFF_DEVICE int rank() const { return blockIdx.x % size_; }
 
-  // Waits for the block's threads; sync_all, for those of all blocks, whose boards are then written.
+  // Waits for the block's threads; sync_all, for those of all blocks, which see then what these have written.
   DPDIFF_DEVICE void sync() const { __syncthreads(); }
   DPDIFF_DEVICE bool sync_or(bool x) const { return __syncthreads_or(x); }
   DPDIFF_DEVICE void sync_all() const {
@@ -42,11 +54,50 @@ class Cluster {
 #endif
     __syncthreads();
   }
-  DPDIFF_DEVICE char* board(int rank) const {
+  DPDIFF_DEVICE float* board() const { return board_; }
+  DPDIFF_DEVICE const float* board_of(int rank) const {
 #if __CUDA_ARCH__ >= 900
     if (size_ > 1) return cooperative_groups::this_cluster().map_shared_rank(board_, rank);
 #endif
     return board_;
+  }
+
+  // Messages: in turn 0, 1, 2, ... every block sends some to the boards of all, itself included. One thread of each block
+  // expects as many bytes as come; all threads receive them. Two barriers, since a block may be a turn ahead of another.
+  DPDIFF_DEVICE void expect(unsigned turn, int bytes) const {
+#if __CUDA_ARCH__ >= 900
+    if (size_ == 1) return;
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier(turn)), "r"(bytes) : "memory");
+#endif
+  }
+  DPDIFF_DEVICE void send(int rank, unsigned turn, int at, const Quad& x) const {
+#if __CUDA_ARCH__ >= 900
+    if (size_ > 1) {
+      asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
+                       of_rank(address(board_ + at), rank)),
+                   "f"(x.x[0]), "f"(x.x[1]), "f"(x.x[2]), "f"(x.x[3]), "r"(of_rank(barrier(turn), rank))
+                   : "memory");
+      return;
+    }
+#endif
+    *reinterpret_cast<Quad*>(board_ + at) = x;
+  }
+  DPDIFF_DEVICE void receive(unsigned turn) const {
+#if __CUDA_ARCH__ >= 900
+    if (size_ > 1) {
+      for (uint32_t done = 0; !done;) {
+        asm volatile(
+            "{\n.reg .pred p;\n"
+            "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+            "selp.u32 %0, 1, 0, p;\n}"
+            : "=r"(done)
+            : "r"(barrier(turn)), "r"(turn / 2 % 2)
+            : "memory");
+      }
+      return;
+    }
+#endif
+    __syncthreads();
   }
 
   template <typename T>
@@ -59,8 +110,19 @@ class Cluster {
   }
 
  private:
+  static DPDIFF_DEVICE uint32_t address(const void* shared) { return uint32_t(__cvta_generic_to_shared(shared)); }
+  static DPDIFF_DEVICE uint32_t of_rank(uint32_t mine, int rank) {
+    uint32_t its = mine;
+#if __CUDA_ARCH__ >= 900
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(its) : "r"(mine), "r"(rank));
+#endif
+    return its;
+  }
+  DPDIFF_DEVICE uint32_t barrier(unsigned turn) const { return barriers_ + turn % 2 * 8; }
+
   const int size_;
-  char* const board_;
+  const uint32_t barriers_;
+  float* const board_;
 };
 #endif
 

@@ -24,16 +24,17 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Two blocks share a multiprocessor's registers, but for rows that take many.
+// Two blocks share a multiprocessor's registers.
 template <int kLanes, int kQuads, bool kShared>
-__global__ void __launch_bounds__(32 * kMostWarps, kQuads > 2 ? 1 : 2)
+__global__ void __launch_bounds__(32 * kMostWarps, 2)
     sinkhorn_kernel(const __grid_constant__ SinkhornTask task, const __grid_constant__ SinkhornShape shape) {
   extern __shared__ Quad memory[];
   float* const shared = reinterpret_cast<float*>(memory);
-  const Cluster team(shape.size, reinterpret_cast<char*>(shared));
+  const Cluster team(shape.size, reinterpret_cast<char*>(memory));
   float* const rows = kShared ? shared + shape.columns() : task.room + blockIdx.x * shape.of_rows();
   typedef Sinkhorn<Cluster, kLanes, kQuads> Solver;
-  const auto solver = [&] { return Solver(team, task, shape, blockIdx.x / shape.size, shared + 2 * shape.board(), rows); };
+  float* const columns = shared + Cluster::kBytes / 4 + 2 * shape.board();
+  const auto solver = [&] { return Solver(team, task, shape, blockIdx.x / shape.size, columns, rows); };
   Solver slow = solver();
   Solver::solve(slow, solver());
 }
@@ -42,10 +43,10 @@ typedef void (*Kernel)(SinkhornTask, SinkhornShape);
 
 Kernel kernel_for(const SinkhornShape& shape) {
   if (!shape.shared) return shape.lanes == 32 ? sinkhorn_kernel<32, 4, false> : sinkhorn_kernel<32 * kMostWarps, 4, false>;
-  if (shape.lanes == 8) return sinkhorn_kernel<8, 1, true>;
-  if (shape.lanes == 16) return sinkhorn_kernel<16, 1, true>;
-  if (shape.quads == 1) return sinkhorn_kernel<32, 1, true>;
-  if (shape.quads == 2) return sinkhorn_kernel<32, 2, true>;
+  if (shape.quads == 1) return sinkhorn_kernel<8, 1, true>;
+  if (shape.quads == 2) return sinkhorn_kernel<8, 2, true>;
+  if (shape.lanes == 8) return sinkhorn_kernel<8, 4, true>;
+  if (shape.lanes == 16) return sinkhorn_kernel<16, 4, true>;
   return sinkhorn_kernel<32, 4, true>;
 }
 

@@ -21,8 +21,8 @@ class Sinkhorn : SinkhornBlock<Team, kLanes, kQuads> {
   typedef SinkhornStats Stats;
   using Block::column_, Block::kAcross, Block::kColumns, Block::kGroup, Block::kRows, Block::lane_, Block::leads_;
   using Block::fold, Block::folded, Block::folded_stats, Block::for_points, Block::for_quads, Block::for_rows;
-  using Block::of_row, Block::reduce_row, Block::row_, Block::shape_, Block::sum_all, Block::team_, Block::turns_;
-  using Block::warp_;
+  using Block::inside, Block::of_row, Block::reduce_row, Block::row_, Block::shape_, Block::sum_all, Block::team_;
+  using Block::turns_, Block::warp_, Block::width;
 
  public:
   DPDIFF_DEVICE Sinkhorn(const Team& team, const SinkhornTask& task, const SinkhornShape& shape, int64_t problem,
@@ -31,7 +31,7 @@ class Sinkhorn : SinkhornBlock<Team, kLanes, kQuads> {
         task_(task),
         problem_(problem),
         first_(min_of(int64_t(team.rank()) * divide(task.n, shape.size), task.n)),
-        rows_(room, min_of(divide(task.n, shape.size), task.n - first_), shape.rows, shape.relaxed_a, task.tau_a,
+        rows_(room, min_of(divide(task.n, shape.size), task.n - first_), shape.padded, shape.relaxed_a, task.tau_a,
               task.eps),
         columns_(shared, task.m, shape.width, shape.relaxed_b, task.tau_b, task.eps),
         kernel_(room + shape.side_of_rows()),
@@ -94,32 +94,33 @@ class Sinkhorn : SinkhornBlock<Team, kLanes, kQuads> {
       }
     });
   }
-  // Where four numbers of the kernel are: columns beyond the edge read the row's first, and never write.
-  DPDIFF_DEVICE Quad* quad(int i, int j) const {
-    return reinterpret_cast<Quad*>(kernel_ + int64_t(i) * shape_.width + (j < shape_.width ? j : 0));
+  // Where four numbers of the kernel are, of row `first` + r: what is beyond the edges reads others' and never writes.
+  DPDIFF_DEVICE Quad* quad(int first, int r, int j) const {
+    const int row = (first < shape_.rows ? first : 0) + r;
+    return reinterpret_cast<Quad*>(kernel_ + int64_t(row) * width() + (inside(j) ? j : 0));
   }
-  DPDIFF_DEVICE void load_kernel(int i, float (&k)[kColumns]) const {
+  DPDIFF_DEVICE void load_kernel(int first, int r, float (&k)[kColumns]) const {
     for_quads([&](int j, int at) {
-      const Quad x = *quad(i, j);
+      const Quad x = *quad(first, r, j);
 #pragma unroll
       for (int e = 0; e < 4; ++e) k[at + e] = x.x[e];
     });
   }
-  DPDIFF_DEVICE void store_kernel(int i, const float (&k)[kColumns]) const {
+  DPDIFF_DEVICE void store_kernel(int first, int r, const float (&k)[kColumns]) const {
     for_quads([&](int j, int at) {
-      if (j < shape_.width) *quad(i, j) = {k[at], k[at + 1], k[at + 2], k[at + 3]};
+      if (first < shape_.rows && inside(j)) *quad(first, r, j) = {k[at], k[at + 1], k[at + 2], k[at + 3]};
     });
   }
   // Of an array with a number for each column; 0 beyond the edge.
   DPDIFF_DEVICE void load_columns(const float* from, float (&x)[kColumns]) const {
     for_quads([&](int j, int at) {
-      const Quad four = *reinterpret_cast<const Quad*>(from + (j < shape_.width ? j : 0));
+      const Quad four = four_columns(from, j);
 #pragma unroll
-      for (int e = 0; e < 4; ++e) x[at + e] = j < shape_.width ? four.x[e] : 0.0f;
+      for (int e = 0; e < 4; ++e) x[at + e] = inside(j) ? four.x[e] : 0.0f;
     });
   }
   DPDIFF_DEVICE Quad four_columns(const float* from, int j) const {
-    return *reinterpret_cast<const Quad*>(from + (j < shape_.width ? j : 0));
+    return *reinterpret_cast<const Quad*>(from + (inside(j) ? j : 0));
   }
 
   // exp((f + g - c) / eps), at most 2^126
@@ -146,7 +147,7 @@ class Sinkhorn : SinkhornBlock<Team, kLanes, kQuads> {
     for_rows([&](int first) {
       float c[kRows][kColumns];
 #pragma unroll
-      for (int r = 0; r < kRows; ++r) again ? load_costs(first + r, c[r]) : load_kernel(first + r, c[r]);
+      for (int r = 0; r < kRows; ++r) again ? load_costs(first + r, c[r]) : load_kernel(first, r, c[r]);
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
         const Pair f = rows_.base(first + r);
@@ -155,7 +156,7 @@ class Sinkhorn : SinkhornBlock<Team, kLanes, kQuads> {
 #pragma unroll
           for (int e = 0; e < 4; ++e) c[r][at + e] = kernel_of(f, {high.x[e], low.x[e]}, c[r][at + e]);
         });
-        store_kernel(first + r, c[r]);
+        store_kernel(first, r, c[r]);
       }
     });
     team_.sync();
@@ -177,7 +178,7 @@ class Sinkhorn : SinkhornBlock<Team, kLanes, kQuads> {
     for_rows([&](int first) {
       float k[kRows][kColumns], dot[kRows];
 #pragma unroll
-      for (int r = 0; r < kRows; ++r) load_kernel(first + r, k[r]);
+      for (int r = 0; r < kRows; ++r) load_kernel(first, r, k[r]);
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
         dot[r] = 0;
@@ -315,7 +316,7 @@ class Sinkhorn : SinkhornBlock<Team, kLanes, kQuads> {
         float total = 0;
         rows[r] = 0;
         for_quads([&](int j, int at) {
-          Quad p = *quad(first + r, j);
+          Quad p = *quad(first, r, j);
           const Quad high = four_columns(columns_.high(), j), low = four_columns(columns_.low(), j);
 #pragma unroll
           for (int e = 0; e < 4; ++e) {

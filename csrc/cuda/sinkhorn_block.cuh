@@ -3,6 +3,7 @@
 #pragma once
 
 #include <math.h>
+#include <string.h>
 
 #include "common.cuh"
 #include "sinkhorn_shape.h"
@@ -30,13 +31,14 @@ struct SinkhornStats {
 template <class Team, int kLanes, int kQuads>
 class SinkhornBlock {
  protected:
-  static constexpr int kRows = 8 / kQuads, kColumns = 4 * kQuads;  // of a thread
-  static constexpr bool kAcross = kLanes > 32;                     // a row takes all warps of the block
-  static constexpr int kGroup = kAcross ? 32 : kLanes;             // lanes of a warp with the same rows
-  static constexpr int kShare = kGroup / kRows;                    // that get the same row's sum
-  static constexpr int kSpan = kRows * (32 / kGroup);              // rows that a warp, or the block, takes at once
+  static constexpr int kRows = sinkhorn_rows(kQuads), kColumns = 4 * kQuads;  // of a thread
+  static constexpr bool kAcross = kLanes > 32;          // a row takes all warps of the block
+  static constexpr bool kWhole = kLanes < 32;           // rows are padded to what their lanes take
+  static constexpr int kGroup = kAcross ? 32 : kLanes;  // lanes of a warp with the same rows
+  static constexpr int kShare = kGroup / kRows;         // that get the same row's sum
+  static constexpr int kSpan = kRows * (32 / kGroup);   // rows that a warp, or the block, takes at once
 
-  // partial: the columns' from each warp; scratch: 64 floats for stats, then 64 for reduce_row, which are sum_all's too
+  // partial: what each warp tells the block; scratch: 64 floats for reduce_row across warps
   DPDIFF_DEVICE SinkhornBlock(const Team& team, const SinkhornShape& shape, float* partial)
       : team_(team),
         shape_(shape),
@@ -46,14 +48,14 @@ class SinkhornBlock {
         column_(4 * (team.thread() % kLanes)),
         leads_(lane_ % kShare == 0 && (!kAcross || warp_ == 0)),
         partial_(partial),
-        scratch_(partial_ + (kAcross ? 0 : shape.warps() * shape.width)) {}
+        scratch_(partial + shape.warps() * shape.part()) {}
 
   // work(the first of this thread's kRows rows), all threads alike
   template <class Work>
   DPDIFF_DEVICE void for_rows(const Work& work) const {
     const int step = kAcross ? kSpan : kSpan * shape_.warps();
 #pragma unroll 1
-    for (int i = kAcross ? 0 : warp_ * kSpan; i < shape_.rows; i += step) work(i + lane_ / kGroup * kRows);
+    for (int i = kAcross ? 0 : warp_ * kSpan; i < shape_.padded; i += step) work(i + lane_ / kGroup * kRows);
   }
   // work(i), spread over the block's threads
   template <class Work>
@@ -67,32 +69,34 @@ class SinkhornBlock {
 #pragma unroll
     for (int q = 0; q < kQuads; ++q) work(column_ + q * 4 * kLanes, 4 * q);
   }
+  DPDIFF_DEVICE int width() const { return kWhole ? kLanes * kColumns : shape_.width; }
+  DPDIFF_DEVICE bool inside(int column) const { return kWhole || column < shape_.width; }
 
-  // Reduces each of kCount numbers over kWidth lanes, of which kWidth / kCount neighbours get the same one.
-  template <int kCount, int kWidth, class Op>
-  DPDIFF_DEVICE float reduce_lanes(float (&x)[kCount], Op op) const {
-    int mask = kWidth / 2;
+  // Reduces each of kCount numbers over lanes that differ in the bits from kTop down to kLeast. Each bit halves what a lane
+  // has, as long as that is more than one: lanes with it get the upper half.
+  template <int kTop, int kLeast, int kCount, class Op>
+  DPDIFF_DEVICE void reduce_lanes(float (&x)[kCount], Op op) const {
+    int n = kCount;
 #pragma unroll
-    for (int n = kCount / 2; n > 0; n /= 2, mask /= 2) {
-      const bool upper = lane_ & mask;
+    for (int mask = kTop; mask >= kLeast; mask /= 2) {
+      const bool upper = lane_ & mask, alone = n == 1;
+      n = alone ? 1 : n / 2;
 #pragma unroll
-      for (int r = 0; r < kCount / 2; ++r) {
+      for (int r = 0; r < (kCount + 1) / 2; ++r) {
         if (r >= n) continue;
-        const float kept = upper ? x[r + n] : x[r], given = upper ? x[r] : x[r + n];
+        const float kept = !alone && upper ? x[r + n] : x[r], given = alone || upper ? x[r] : x[r + n];
         x[r] = op(kept, team_.swap_lanes(given, mask));
       }
     }
-#pragma unroll
-    for (; mask > 0; mask /= 2) x[0] = op(x[0], team_.swap_lanes(x[0], mask));
-    return x[0];
   }
   // The same over all threads of a row: kCount is kRows, and each lane gets row_, or it is 1.
   template <int kCount, class Op>
   DPDIFF_DEVICE float reduce_row(float (&x)[kCount], Op op) {
-    float result = reduce_lanes<kCount, kGroup>(x, op);
+    reduce_lanes<kGroup / 2, 1>(x, op);
+    float result = x[0];
     if constexpr (kAcross) {
       turns_.row ^= 1;
-      float* met = scratch_ + 64 + turns_.row * 32;
+      float* met = scratch_ + turns_.row * 32;
       constexpr int kSame = 32 / kCount;
       if (lane_ % kSame == 0) met[warp_ * kCount + lane_ / kSame] = result;
       team_.sync();
@@ -103,80 +107,108 @@ class SinkhornBlock {
   }
   DPDIFF_DEVICE float of_row(float x, int r) const { return team_.of_lane(x, lane_ / kGroup * kGroup + r * kShare); }
 
-  // Boards alternate: what is read from one stays until the next but one is written.
-  DPDIFF_DEVICE float* board(int rank) const {
-    return reinterpret_cast<float*>(team_.board(rank)) + turns_.board * shape_.board();
+  // Boards alternate: what is on one stays until all have what is on the next. A block sends its message to all boards;
+  // long ones stay on its own, where the others read them.
+  DPDIFF_DEVICE int board() const { return turns_.board % 2 * shape_.board(); }
+  DPDIFF_DEVICE const float* message(int rank) const {
+    if constexpr (kAcross) return team_.board_of(rank) + board();
+    return team_.board() + board() + rank * shape_.message();
   }
-  // Puts each thread's parts of the columns and its stats together, within the block and then on its board.
-  template <class Op>
-  DPDIFF_DEVICE void fold(float (&x)[kColumns], Op op, const SinkhornStats& stats) {
-    turns_.board ^= 1;
-    float* mine = board(team_.rank());
-    float* columns = kAcross ? mine + 16 : partial_ + warp_ * shape_.width;
-#pragma unroll
-    for (int e = 0; e < kColumns; ++e) {
-#pragma unroll
-      for (int mask = kGroup; mask < 32; mask *= 2) x[e] = op(x[e], team_.swap_lanes(x[e], mask));
-    }
-    for_quads([&](int j, int at) {
-      if (lane_ < kGroup && j < shape_.width) {
-        *reinterpret_cast<Quad*>(columns + j) = {x[at], x[at + 1], x[at + 2], x[at + 3]};
+  // Tells all blocks quad(0), quad(1), ... of this one, and waits for theirs.
+  template <class Tell>
+  DPDIFF_DEVICE void tell(int quads, const Tell& quad) {
+    if (!kAcross && team_.thread() == 0) team_.expect(turns_.board, 16 * quads * shape_.size);
+    for_points(quads, [&](int q) {
+      const Quad x = quad(q);
+      if constexpr (kAcross) {
+        reinterpret_cast<Quad*>(team_.board() + board())[q] = x;
+      } else {
+#pragma unroll 1
+        for (int rank = 0; rank < shape_.size; ++rank) {
+          team_.send(rank, turns_.board, board() + team_.rank() * shape_.message() + 4 * q, x);
+        }
       }
     });
+    kAcross ? team_.sync_all() : team_.receive(turns_.board);
+  }
+  // Puts each thread's parts of the columns and its stats together, over the block, and then tells all blocks.
+  template <class Op>
+  DPDIFF_DEVICE void fold(float (&x)[kColumns], Op op, const SinkhornStats& stats) {
+    ++turns_.board;
+    float* part = partial_ + warp_ * shape_.part();
     float found[4] = {stats.error, stats.moved, stats.bad, stats.large};
-    const float whole = reduce_lanes<4, 32>(found, Sum());
-    if (lane_ % 8 == 0) scratch_[warp_ * 4 + lane_ / 8] = whole;
-    team_.sync();
-    if constexpr (!kAcross) {
-      for_points(shape_.width, [&](int j) {
-        float met = partial_[j];
-        for (int w = 1; w < shape_.warps(); ++w) met = op(met, partial_[w * shape_.width + j]);
-        mine[16 + j] = met;
-      });
+    reduce_lanes<16, 1>(found, Sum());
+    if (lane_ % 8 == 0) part[lane_ / 8] = found[0];
+    float* columns = (kAcross ? team_.board() + board() : part) + 4;
+    constexpr int kLeft = kColumns * kGroup / 32;
+    reduce_lanes<16, kGroup>(x, op);
+    const int from = lane_ / kGroup * kLeft;
+    const auto place = [&](int e) { return column_ + e / 4 * (4 * kLanes) + e % 4; };
+    if constexpr (kLeft < 4) {
+#pragma unroll
+      for (int e = 0; e < kLeft; ++e) columns[place(from + e)] = x[e];
+    } else {
+#pragma unroll
+      for (int e = 0; e < kLeft; e += 4) {
+        const int j = place(from + e);
+        if (inside(j)) *reinterpret_cast<Quad*>(columns + j) = {x[e], x[e + 1], x[e + 2], x[e + 3]};
+      }
     }
-    for_points(4, [&](int k) {
-      float met = 0;
-      for (int w = 0; w < shape_.warps(); ++w) met += scratch_[w * 4 + k];
-      mine[8 + k] = met;
+    team_.sync();
+    tell(1 + (kAcross ? 0 : shape_.width / 4), [&](int q) {
+      Quad met = reinterpret_cast<const Quad*>(partial_)[q];
+#pragma unroll
+      for (int w = 1; w < kMostWarps; ++w) {  // unrolled: the loads overlap
+        if (w >= shape_.warps()) continue;
+        const Quad other = reinterpret_cast<const Quad*>(partial_ + w * shape_.part())[q];
+#pragma unroll
+        for (int e = 0; e < 4; ++e) met.x[e] = q > 0 ? op(met.x[e], other.x[e]) : met.x[e] + other.x[e];
+      }
+      return met;
     });
-    team_.sync_all();
   }
   // What the blocks have put together.
   template <class Op>
   DPDIFF_DEVICE float folded(int j, Op op) const {
-    float x = board(0)[16 + j];
-    for (int rank = 1; rank < shape_.size; ++rank) x = op(x, board(rank)[16 + j]);
+    float x = message(0)[4 + j];
+#pragma unroll
+    for (int rank = 1; rank < kMostBlocks; ++rank) {
+      if (rank < shape_.size) x = op(x, message(rank)[4 + j]);
+    }
     return x;
   }
   DPDIFF_DEVICE SinkhornStats folded_stats() const {
     SinkhornStats sum;
-    for (int rank = 0; rank < shape_.size; ++rank) {
-      const Quad x = *reinterpret_cast<const Quad*>(board(rank) + 8);
+#pragma unroll
+    for (int rank = 0; rank < kMostBlocks; ++rank) {
+      if (rank >= shape_.size) continue;
+      const Quad x = *reinterpret_cast<const Quad*>(message(rank));
       sum.error += x.x[0], sum.moved += x.x[1], sum.bad += x.x[2], sum.large += x.x[3];
     }
     return sum;
   }
   // Sums over all threads of all blocks.
   DPDIFF_DEVICE void sum_all(double (&x)[4]) {
-    turns_.board ^= 1;
-    double* met = reinterpret_cast<double*>(scratch_ + 64);
-    team_.sync();
+    ++turns_.board;
     for (int k = 0; k < 4; ++k) {
       for (int mask = 16; mask > 0; mask /= 2) x[k] += team_.swap_lanes(x[k], mask);
-      if (lane_ == 0) met[warp_ * 4 + k] = x[k];
+      if (lane_ == 0) reinterpret_cast<double*>(partial_ + warp_ * shape_.part())[k] = x[k];
     }
     team_.sync();
-    for_points(4, [&](int k) {
-      double sum = 0;
+    tell(2, [&](int q) {
+      double sums[2] = {};
 #pragma unroll 1
-      for (int w = 0; w < shape_.warps(); ++w) sum += met[w * 4 + k];
-      reinterpret_cast<double*>(board(team_.rank()))[k] = sum;
+      for (int w = 0; w < shape_.warps(); ++w) {
+        for (int k = 0; k < 2; ++k) sums[k] += reinterpret_cast<const double*>(partial_ + w * shape_.part())[2 * q + k];
+      }
+      Quad both;
+      memcpy(&both, sums, sizeof both);
+      return both;
     });
-    team_.sync_all();
     for (int k = 0; k < 4; ++k) {
       x[k] = 0;
 #pragma unroll 1
-      for (int rank = 0; rank < shape_.size; ++rank) x[k] += reinterpret_cast<const double*>(board(rank))[k];
+      for (int rank = 0; rank < shape_.size; ++rank) x[k] += reinterpret_cast<const double*>(message(rank))[k];
     }
   }
 
@@ -189,8 +221,9 @@ class SinkhornBlock {
   float* const partial_;
   float* const scratch_;
   struct Turns {
-    int row = 0, board = 0;
-  } turns_;  // which of two places is used
+    int row = 0;
+    unsigned board = ~0u;
+  } turns_;  // what is used alternates
 };
 
 }  // namespace dpdiff

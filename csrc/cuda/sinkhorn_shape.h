@@ -28,28 +28,34 @@ struct SinkhornDevice {
   bool clusters;
 };
 
-constexpr int kMostColumns = 4096, kMostSharedColumns = 512, kMostWarps = 8;
+constexpr int kMostColumns = 4096, kMostSharedColumns = 512, kMostWarps = 8, kMostBlocks = 8;
+
+// Rows that a thread takes at once, each with `quads` groups of four columns: as many as registers hold.
+constexpr int sinkhorn_rows(int quads) { return 8 / quads; }
 
 // The rows of a problem are divided among the blocks of a cluster. `lanes` threads share a row, each with `quads` groups of
-// four columns, and take 8 / quads rows at once.
+// four columns.
 struct SinkhornShape {
   int lanes, quads;
-  int size, threads;  // blocks of a cluster, threads of a block
-  int rows, width;    // of a block, both padded
+  int size, threads;        // blocks of a cluster, threads of a block
+  int rows, padded, width;  // of a block's kernel, of what else is known of its rows, and of a row
   bool shared;        // whether the rows are in shared memory, or in global memory
   bool relaxed_a, relaxed_b;
 
-  DPDIFF_BOTH int span() const { return lanes > 32 ? 8 / quads : 8 / quads * (32 / lanes); }  // rows of a warp, or a block
+  // Rows of a warp, or of a block.
+  DPDIFF_BOTH int span() const { return sinkhorn_rows(quads) * (lanes > 32 ? 1 : 32 / lanes); }
   DPDIFF_BOTH int warps() const { return threads / 32; }
 
-  // Floats of all that is known of the rows and of the columns but the kernel, of a board, of all in shared memory but the
-  // rows, and of the rows.
-  DPDIFF_BOTH int64_t side_of_rows() const { return int64_t(relaxed_a ? 8 : 5) * rows; }
+  // Floats of all that is known of the rows and of the columns but the kernel; of what a block tells the others, and of a
+  // board of it, where each block has a place, unless rows are so long that it stays on its own; of what a warp tells its
+  // block; of all in shared memory but the rows, and of the rows.
+  DPDIFF_BOTH int64_t side_of_rows() const { return int64_t(relaxed_a ? 8 : 5) * padded; }
   DPDIFF_BOTH int64_t side_of_columns() const { return int64_t(relaxed_b ? 8 : 6) * width; }
-  DPDIFF_BOTH int board() const { return 16 + width; }
+  DPDIFF_BOTH int message() const { return 4 + width; }
+  DPDIFF_BOTH int board() const { return (lanes > 32 ? 1 : size) * message(); }
+  DPDIFF_BOTH int part() const { return lanes > 32 ? 8 : message(); }
   DPDIFF_BOTH int64_t columns() const {
-    const int partial = lanes > 32 ? 0 : warps() * width;
-    return 2 * board() + side_of_columns() + partial + kMostWarps * 16;
+    return 4 + 2 * board() + side_of_columns() + warps() * part() + (lanes > 32 ? 8 * warps() : 0);
   }
   DPDIFF_BOTH int64_t of_rows() const { return int64_t(rows) * width + side_of_rows(); }
   int64_t bytes() const { return 4 * (columns() + (shared ? of_rows() : 0)); }
@@ -60,16 +66,17 @@ inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
 inline SinkhornShape sinkhorn_shape_of(int n, int m, bool relaxed_a, bool relaxed_b, int size, bool shared) {
   SinkhornShape shape{};
   if (shared) {
-    shape.lanes = m <= 32 ? 8 : m <= 64 ? 16 : 32;
-    shape.quads = m <= 128 ? 1 : m <= 256 ? 2 : 4;
+    shape.lanes = m <= 128 ? 8 : m <= 256 ? 16 : 32;
+    shape.quads = m <= 32 ? 1 : m <= 64 ? 2 : 4;
   } else {
     shape.lanes = m <= 512 ? 32 : 32 * kMostWarps;
     shape.quads = 4;
   }
   shape.size = size;
-  const int spans = ceil_div(ceil_div(n, size), shape.span());
-  shape.rows = ceil_div(spans * shape.span(), 4) * 4;  // whatever follows begins at a multiple of 16 bytes
-  shape.width = ceil_div(m, 4) * 4;
+  const int of_thread = sinkhorn_rows(shape.quads), spans = ceil_div(ceil_div(n, size), shape.span());
+  shape.rows = ceil_div(ceil_div(n, size), of_thread) * of_thread;
+  shape.padded = ceil_div(spans * shape.span(), 4) * 4;  // whatever follows begins at a multiple of 16 bytes
+  shape.width = shape.lanes < 32 ? 4 * shape.lanes * shape.quads : m > 0 ? ceil_div(m, 4) * 4 : 4;
   // as few warps as take no more rounds than the most would
   const int rounds = ceil_div(spans, kMostWarps) > 0 ? ceil_div(spans, kMostWarps) : 1;
   const int warps = ceil_div(spans, rounds) > 0 ? ceil_div(spans, rounds) : 1;
@@ -84,8 +91,8 @@ inline SinkhornShape sinkhorn_shape_of(int n, int m, bool relaxed_a, bool relaxe
 // memory, and in the L2 cache as far as that goes.
 inline SinkhornShape sinkhorn_shape(int64_t batch, int n, int m, bool relaxed_a, bool relaxed_b,
                                     const SinkhornDevice& device) {
-  constexpr int kLargest = 8, kLeastRows = 32;
-  const int largest = device.clusters ? kLargest : 1;
+  constexpr int kLeastRows = 32;
+  const int largest = device.clusters ? kMostBlocks : 1;
   const int reserved = 1024;  // of each block, for the system
   int size = 0;
   for (int64_t limit : {int64_t(device.per_multiprocessor / 2 - reserved), int64_t(device.per_block)}) {

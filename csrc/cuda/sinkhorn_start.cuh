@@ -56,7 +56,7 @@ DPDIFF_DEVICE bool Sinkhorn<Team, kLanes, kQuads>::build_unshifted() {
           x = power(-x, 0.0f);
         }
       });
-      store_kernel(first + r, c[r]);
+      store_kernel(first, r, c[r]);
     }
   });
   fold(unused, Sum(), stats);
@@ -87,7 +87,7 @@ DPDIFF_DEVICE bool Sinkhorn<Team, kLanes, kQuads>::start() {
           least[r] = w.x[e] > 0 ? fminf(least[r], c[r][at + e]) : least[r];
         }
       });
-      store_kernel(first + r, c[r]);
+      store_kernel(first, r, c[r]);
     }
     const float base = reduce_row(least, Least());
     if (leads_ && i < rows_.n) {
@@ -131,7 +131,7 @@ DPDIFF_DEVICE void Sinkhorn<Team, kLanes, kQuads>::lower_zero_rows() {
     for (int r = 0; r < kRows; ++r) {
       least[r] = INFINITY;
       for_quads([&](int j, int) {
-        const Quad c = *quad(first + r, j), g = four_columns(columns_.high(), j), w = four_columns(columns_.weight(), j);
+        const Quad c = *quad(first, r, j), g = four_columns(columns_.high(), j), w = four_columns(columns_.weight(), j);
 #pragma unroll
         for (int e = 0; e < 4; ++e) least[r] = w.x[e] > 0 ? fminf(least[r], c.x[e] - g.x[e]) : least[r];
       });

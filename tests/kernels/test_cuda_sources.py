@@ -39,7 +39,7 @@ class Device(ctypes.Structure):
 
 class Shape(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_int) for name in ("lanes", "quads", "size", "threads", "rows", "width")),
+        *((name, ctypes.c_int) for name in ("lanes", "quads", "size", "threads", "rows", "padded", "width")),
         *((name, ctypes.c_bool) for name in ("shared", "relaxed_a", "relaxed_b")),
     )
 
@@ -218,14 +218,15 @@ def test_meaningless_input_makes_its_problem_nan_and_no_other(solve, bad, where)
     assert (solve(inputs["cost"], -inputs["a"], inputs["b"], n_iters=2).error.isnan()).all()
 
 
-@pytest.mark.parametrize("shape", [(2, 0, 3), (2, 3, 0)])
-def test_empty_problems(solve, shape):
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("shape", [(2, 0, 3), (2, 3, 0), (2, 0, 0)])
+def test_empty_problems(solve, shape, shared):
     cost = torch.zeros(shape)
     options = {"n_iters": 3}
-    t, exact = solve(cost, *(torch.full((2, size), 0.5) for size in shape[1:]), **options), None
+    t = solve(cost, *(torch.full((2, size), 0.5) for size in shape[1:]), **options, shared=shared)
     exact = in_float64(cost, *(torch.full((2, size), 0.5) for size in shape[1:]), tau_a=1e9, **options)
     assert t.plan.numel() == 0 and torch.equal(t.f, exact.f.float()) and torch.equal(t.g, exact.g.float())
-    assert (t.error == 1.5).all() and (t.n_iters == 3).all()
+    assert (t.error == 0.5 * sum(shape[1:])).all() and (t.n_iters == 3).all()
 
 
 # ------------------------------------------------------------------------------------------- spread over a device
@@ -246,7 +247,7 @@ def test_every_problem_fits_its_blocks(library, device, relaxed):
                 assert shared <= device[0], (n, m)
                 assert shape.threads % 32 == 0 and 32 <= shape.threads <= 256
                 assert shape.size in ((1, 2, 4, 8) if device[3] else (1,))
-                assert shape.size * shape.rows >= n and shape.width >= m
+                assert shape.size * shape.rows >= n and shape.padded >= shape.rows and shape.width >= max(m, 4)
                 assert shape.width <= shape.lanes * shape.quads * 4
 
 

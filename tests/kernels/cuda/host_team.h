@@ -11,13 +11,15 @@
 #include <stdexcept>
 #include <vector>
 
+#include "common.cuh"
+
 namespace dpdiff {
 
 class HostBlocks {
  public:
-  HostBlocks(int size, int threads, size_t board_bytes, unsigned seed)
-      : size(size), threads(threads), boards(size), random_(seed), everyone_(size * threads) {
-    for (auto& board : boards) board.assign(board_bytes / sizeof(float) + 1, NAN);
+  HostBlocks(int size, int threads, size_t board_floats, unsigned seed)
+      : size(size), threads(threads), boards(size), random_(seed), everyone_(size * threads), mail_(2 * size) {
+    for (auto& board : boards) board.assign(board_floats, NAN);
     for (int i = 0; i < size; ++i) blocks_.emplace_back(threads);
     for (int i = 0; i < size * threads / 32; ++i) warps_.emplace_back(32);
   }
@@ -68,11 +70,26 @@ class HostBlocks {
       barrier.arrived = 0;
       ++barrier.generation;
     } else {
-      current_->at = &barrier;
-      current_->generation = barrier.generation;
-      swapcontext(&current_->context, &scheduler_);
+      wait(barrier);
     }
     return slots;
+  }
+  // Messages of a turn to a block, of which a thread says how many bytes they are, before or after they have come.
+  struct Mail {
+    Barrier complete{0};
+    int64_t missing = 0;
+    bool expected = false;
+  };
+  Mail& mail(int rank, unsigned turn) { return mail_[2 * rank + turn % 2]; }
+  void post(Mail& mail, int64_t bytes, bool expected) {
+    mail.missing += expected ? bytes : -bytes;
+    mail.expected |= expected;
+    if (!mail.expected || mail.missing != 0) return;
+    mail.expected = false;
+    ++mail.complete.generation;
+  }
+  void receive(Mail& mail, unsigned turn) {
+    if (mail.complete.generation == int(turn / 2)) wait(mail.complete);
   }
   Barrier& everyone() { return everyone_; }
   Barrier& block(int rank) { return blocks_[rank]; }
@@ -82,6 +99,12 @@ class HostBlocks {
   std::vector<std::vector<float>> boards;
 
  private:
+  void wait(const Barrier& barrier) {
+    current_->at = &barrier;
+    current_->generation = barrier.generation;
+    swapcontext(&current_->context, &scheduler_);
+  }
+
   static constexpr size_t kStack = 256 << 10;
   struct Fiber {
     ucontext_t context;
@@ -104,6 +127,7 @@ class HostBlocks {
   std::mt19937 random_;
   Barrier everyone_;
   std::vector<Barrier> blocks_, warps_;
+  std::vector<Mail> mail_;
   const std::function<void(int, int)>* body_ = nullptr;
   ucontext_t scheduler_;
   Fiber* current_ = nullptr;
@@ -118,7 +142,15 @@ class HostTeam {
   int threads() const { return blocks_.threads; }
   int size() const { return blocks_.size; }
   int rank() const { return rank_; }
-  char* board(int rank) const { return reinterpret_cast<char*>(blocks_.boards[rank].data()); }
+  float* board() const { return blocks_.boards[rank_].data(); }
+  const float* board_of(int rank) const { return blocks_.boards[rank].data(); }
+
+  void expect(unsigned turn, int bytes) const { blocks_.post(blocks_.mail(rank_, turn), bytes, true); }
+  void send(int rank, unsigned turn, int at, const Quad& x) const {
+    memcpy(&blocks_.boards[rank].at(at), &x, sizeof x);
+    blocks_.post(blocks_.mail(rank, turn), sizeof x, false);
+  }
+  void receive(unsigned turn) const { blocks_.receive(blocks_.mail(rank_, turn), turn); }
 
   void sync() const { blocks_.meet(blocks_.block(rank_), thread_, 0.0); }
   void sync_all() const { blocks_.meet(blocks_.everyone(), rank_ * threads() + thread_, 0.0); }

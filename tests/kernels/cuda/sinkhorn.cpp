@@ -11,9 +11,9 @@ namespace {
 
 template <int kLanes, int kQuads>
 void solve(const SinkhornTask& task, const SinkhornShape& shape, int64_t problem, unsigned seed) {
-  HostBlocks blocks(shape.size, shape.threads, 2 * shape.board() * sizeof(float), seed);
+  HostBlocks blocks(shape.size, shape.threads, 2 * shape.board(), seed);
   // Neither more memory than the kernel asks for, nor anything in it.
-  const int64_t columns = shape.columns() - 2 * shape.board(), all = columns + shape.of_rows();
+  const int64_t columns = shape.columns() - 4 - 2 * shape.board(), all = columns + shape.of_rows();
   const float guard = 12345.0f;
   std::vector<std::vector<float>> memory(shape.size, std::vector<float>(all + 16, NAN));
   for (auto& block : memory) std::fill(block.begin() + all, block.end(), guard);
@@ -38,12 +38,12 @@ using namespace dpdiff;
 // went wrong.
 extern "C" bool sinkhorn(const SinkhornTask* task, int64_t batch, int size, bool shared, unsigned seed) {
   const SinkhornShape shape = sinkhorn_shape_of(task->n, task->m, task->tau_a < INFINITY, task->tau_b < INFINITY, size, shared);
-  const auto run = shape.lanes == 8    ? solve<8, 1>
-                   : shape.lanes == 16 ? solve<16, 1>
-                   : shape.lanes > 32  ? solve<32 * kMostWarps, 4>
-                   : shape.quads == 1  ? solve<32, 1>
-                   : shape.quads == 2  ? solve<32, 2>
-                                       : solve<32, 4>;
+  const auto run = shape.quads == 1    ? solve<8, 1>
+                   : shape.quads == 2  ? solve<8, 2>
+                   : shape.lanes == 8  ? solve<8, 4>
+                   : shape.lanes == 16 ? solve<16, 4>
+                   : shape.lanes == 32 ? solve<32, 4>
+                                       : solve<32 * kMostWarps, 4>;
   try {
     for (int64_t problem = 0; problem < batch; ++problem) run(*task, shape, problem, seed);
   } catch (const std::exception& error) {
