@@ -19,6 +19,17 @@ struct alignas(16) Quad {
   float x[4];
 };
 
+// 1 / x to a unit in the last place; denormal numbers are zeros, in and out.
+DPDIFF_DEVICE float reciprocal(float x) {
+#ifdef __CUDACC__
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return 1.0f / x;
+#endif
+}
+
 #ifdef __CUDACC__
 // The blocks that work together on one problem: a thread-block cluster (on architectures without, a single block). Each
 // has a board, to which the others can send, and which they can read.

@@ -166,7 +166,7 @@ class Sinkhorn : SinkhornBlock<Team, kLanes, kQuads> {
   // --------------------------------------------------------------------------------------- iterations
 
   DPDIFF_DEVICE float scaling_of(const Side& side, int i, float sum) const {
-    return side.relaxed ? powf(fmaxf(sum, kTiny), -side.damp) * side.pull()[i] : 1.0f / sum;
+    return side.relaxed ? powf(fmaxf(sum, kTiny), -side.damp) * side.pull()[i] : reciprocal(sum);
   }
 
   // The rows' next scalings, and the column sums that these give.
@@ -231,7 +231,7 @@ class Sinkhorn : SinkhornBlock<Team, kLanes, kQuads> {
     for (state_.used = 0; state_.used < task_.n_iters; ++state_.used) {
       update_rows();
       const Stats rows = folded_stats();
-      if (state_.used > 0 && rows.error + state_.stranded < task_.tol) break;
+      if (task_.tol > 0 && state_.used > 0 && rows.error + state_.stranded < task_.tol) break;
       good = rows.bad == 0 && rows.moved < INFINITY;  // extents pass over a NaN
       if (!good) break;
       rows_.now ^= 1;

@@ -11,12 +11,15 @@
 namespace dpdiff {
 
 struct Sum {
+  static constexpr float kNothing = 0;
   DPDIFF_DEVICE float operator()(float a, float b) const { return a + b; }
 };
 struct Least {
+  static constexpr float kNothing = INFINITY;
   DPDIFF_DEVICE float operator()(float a, float b) const { return fminf(a, b); }
 };
 struct Most {
+  static constexpr float kNothing = -INFINITY;
   DPDIFF_DEVICE float operator()(float a, float b) const { return fmaxf(a, b); }
 };
 
@@ -68,6 +71,15 @@ class SinkhornBlock {
   DPDIFF_DEVICE void for_quads(const Work& work) const {
 #pragma unroll
     for (int q = 0; q < kQuads; ++q) work(column_ + q * 4 * kLanes, 4 * q);
+  }
+  // work(i, true) for each i < n, four at a time, so that their loads overlap: where there aren't four, work(n - 1, false).
+  template <class Work>
+  DPDIFF_DEVICE static void for_fours(int n, const Work& work) {
+#pragma unroll 1
+    for (int first = 0; first < n; first += 4) {
+#pragma unroll
+      for (int i = first; i < first + 4; ++i) work(i < n ? i : n - 1, i < n);
+    }
   }
   DPDIFF_DEVICE int width() const { return kWhole ? kLanes * kColumns : shape_.width; }
   DPDIFF_DEVICE bool inside(int column) const { return kWhole || column < shape_.width; }
@@ -156,35 +168,36 @@ class SinkhornBlock {
     }
     team_.sync();
     tell(1 + (kAcross ? 0 : shape_.width / 4), [&](int q) {
-      Quad met = reinterpret_cast<const Quad*>(partial_)[q];
+      const float nothing = q > 0 ? Op::kNothing : 0.0f;
+      Quad met{nothing, nothing, nothing, nothing};
+      for_fours(shape_.warps(), [&](int w, bool is) {
+        const Quad of_warp = reinterpret_cast<const Quad*>(partial_ + w * shape_.part())[q];
 #pragma unroll
-      for (int w = 1; w < kMostWarps; ++w) {  // unrolled: the loads overlap
-        if (w >= shape_.warps()) continue;
-        const Quad other = reinterpret_cast<const Quad*>(partial_ + w * shape_.part())[q];
-#pragma unroll
-        for (int e = 0; e < 4; ++e) met.x[e] = q > 0 ? op(met.x[e], other.x[e]) : met.x[e] + other.x[e];
-      }
+        for (int e = 0; e < 4; ++e) {
+          const float both = q > 0 ? op(met.x[e], of_warp.x[e]) : met.x[e] + of_warp.x[e];
+          met.x[e] = is ? both : met.x[e];
+        }
+      });
       return met;
     });
   }
   // What the blocks have put together.
   template <class Op>
   DPDIFF_DEVICE float folded(int j, Op op) const {
-    float x = message(0)[4 + j];
-#pragma unroll
-    for (int rank = 1; rank < kMostBlocks; ++rank) {
-      if (rank < shape_.size) x = op(x, message(rank)[4 + j]);
-    }
+    float x = Op::kNothing;
+    for_fours(shape_.size, [&](int rank, bool is) {
+      const float both = op(x, message(rank)[4 + j]);
+      x = is ? both : x;
+    });
     return x;
   }
   DPDIFF_DEVICE SinkhornStats folded_stats() const {
     SinkhornStats sum;
-#pragma unroll
-    for (int rank = 0; rank < kMostBlocks; ++rank) {
-      if (rank >= shape_.size) continue;
+    for_fours(shape_.size, [&](int rank, bool is) {
       const Quad x = *reinterpret_cast<const Quad*>(message(rank));
-      sum.error += x.x[0], sum.moved += x.x[1], sum.bad += x.x[2], sum.large += x.x[3];
-    }
+      sum.error += is ? x.x[0] : 0.0f, sum.moved += is ? x.x[1] : 0.0f;
+      sum.bad += is ? x.x[2] : 0.0f, sum.large += is ? x.x[3] : 0.0f;
+    });
     return sum;
   }
   // Sums over all threads of all blocks.

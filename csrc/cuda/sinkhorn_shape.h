@@ -44,7 +44,7 @@ struct SinkhornShape {
 
   // Rows of a warp, or of a block.
   DPDIFF_BOTH int span() const { return sinkhorn_rows(quads) * (lanes > 32 ? 1 : 32 / lanes); }
-  DPDIFF_BOTH int warps() const { return threads / 32; }
+  DPDIFF_BOTH int warps() const { return unsigned(threads) / 32; }
 
   // Floats of all that is known of the rows and of the columns but the kernel; of what a block tells the others, and of a
   // board of it, where each block has a place, unless rows are so long that it stays on its own; of what a warp tells its
