@@ -34,9 +34,7 @@ __global__ void __launch_bounds__(32 * kMostWarps, 2)
   float* const rows = kShared ? shared + shape.columns() : task.room + blockIdx.x * shape.of_rows();
   typedef Sinkhorn<Cluster, kLanes, kQuads> Solver;
   float* const columns = shared + Cluster::kBytes / 4 + 2 * shape.board();
-  const auto solver = [&] { return Solver(team, task, shape, blockIdx.x / shape.size, columns, rows); };
-  Solver slow = solver();
-  Solver::solve(slow, solver());
+  Solver::solve([&] { return Solver(team, task, shape, blockIdx.x / shape.size, columns, rows); });
 }
 
 typedef void (*Kernel)(SinkhornTask, SinkhornShape);

@@ -39,12 +39,20 @@ class Sinkhorn : SinkhornBlock<Team, kLanes, kQuads> {
         scale_(float(1.4426950408889634 / task.eps)),
         scale_rest_(float(1.4426950408889634 / task.eps - scale_)) {}
 
-  // Solves the problem that both are of. What is not iterated is compiled on its own, on an object in memory, so that the
+  // Solves the problem that make() is of. What is not iterated is compiled on its own, on an object in memory, so that the
   // iterations have the registers to themselves.
-  static DPDIFF_DEVICE void solve(Sinkhorn& slow, Sinkhorn fast) {
+  template <class Make>
+  static DPDIFF_DEVICE void solve(const Make& make) {
+    Sinkhorn slow = make();
     if (run<&Sinkhorn::prepare>(slow)) {
-      fast.state_ = slow.state_, fast.turns_ = slow.turns_;
-      if (!fast.iterate(slow)) run<&Sinkhorn::iterate_logs>(slow);
+      Outcome outcome;
+      do {
+        Sinkhorn fast = make();
+        fast.continue_from(slow);
+        outcome = fast.iterate();
+        slow.continue_from(fast);
+      } while (outcome == kLarge && run<&Sinkhorn::absorb>(slow));
+      if (outcome == kBad || !run<&Sinkhorn::zeros_fit>(slow)) run<&Sinkhorn::iterate_logs>(slow);
       run<&Sinkhorn::finish>(slow);
     } else {
       run<&Sinkhorn::fail>(slow);
@@ -62,6 +70,10 @@ class Sinkhorn : SinkhornBlock<Team, kLanes, kQuads> {
     int64_t used = 0;
   };
 
+  DPDIFF_DEVICE void continue_from(const Sinkhorn& other) {
+    rows_.now = other.rows_.now, state_ = other.state_, turns_ = other.turns_;
+  }
+
   template <bool (Sinkhorn::*kPhase)()>
   static DPDIFF_APART bool run(Sinkhorn& slow) {
     return (slow.*kPhase)();
@@ -71,7 +83,7 @@ class Sinkhorn : SinkhornBlock<Team, kLanes, kQuads> {
   DPDIFF_DEVICE bool build_unshifted();
   DPDIFF_DEVICE bool start();
   DPDIFF_DEVICE void lower_zero_rows();
-  DPDIFF_DEVICE bool prepare() { return read_weights() && (build_unshifted() || (start() && build(false))); }
+  DPDIFF_DEVICE bool prepare() { return read_weights() && (build_unshifted() || (start() && build(false))) && undo(); }
 
   static DPDIFF_DEVICE int min_of(int64_t a, int64_t b) { return int(a < b ? a : b); }
   static DPDIFF_DEVICE int divide(int a, int b) { return (a + b - 1) / b; }
@@ -220,38 +232,33 @@ class Sinkhorn : SinkhornBlock<Team, kLanes, kQuads> {
     return extents;
   }
 
-  // False where a sum or a scaling leaves what float32 can tell.
-  DPDIFF_DEVICE bool iterate(Sinkhorn& slow) {
-    for_points(columns_.n, [&](int j) {  // g = 0: the scalings undo g0, infinite ones too where there is no weight
+  // Before the first iteration g = 0: the scalings undo g0, infinite ones too where there is no weight.
+  DPDIFF_DEVICE bool undo() {
+    for_points(columns_.n, [&](int j) {
       const float weight = columns_.weight()[j];
       columns_.moved()[j] = weight > 0 ? weight * exp2f(-columns_.high()[j] * scale_) : 0.0f;
     });
     team_.sync();
-    bool good = true;
-    for (state_.used = 0; state_.used < task_.n_iters; ++state_.used) {
+    return true;
+  }
+
+  // kBad: a sum or a scaling leaves what float32 can tell; kLarge: scalings have to be absorbed before the next iteration.
+  enum Outcome { kDone, kLarge, kBad };
+
+  DPDIFF_DEVICE Outcome iterate() {
+    while (state_.used < task_.n_iters) {
       update_rows();
       const Stats rows = folded_stats();
       if (task_.tol > 0 && state_.used > 0 && rows.error + state_.stranded < task_.tol) break;
-      good = rows.bad == 0 && rows.moved < INFINITY;  // extents pass over a NaN
-      if (!good) break;
+      if (!(rows.bad == 0 && rows.moved < INFINITY)) return kBad;  // extents pass over a NaN
       rows_.now ^= 1;
       const Extents columns = update_columns();
       const bool bad = columns.bad(kLeastColumnSum * rows.moved);
-      if (team_.sync_or(bad || rows.large > 0 || columns.large())) {
-        good = !team_.sync_or(bad);
-        if (!good) break;
-        if (state_.used + 1 < task_.n_iters) {
-          hand_over(slow);
-          run<&Sinkhorn::absorb>(slow);
-        }
-      }
+      const bool any = team_.sync_or(bad || rows.large > 0 || columns.large());
+      if (any && team_.sync_or(bad)) return kBad;
+      if (++state_.used < task_.n_iters && any) return kLarge;
     }
-    hand_over(slow);
-    return good && run<&Sinkhorn::zeros_fit>(slow);
-  }
-  DPDIFF_DEVICE void hand_over(Sinkhorn& slow) const {
-    slow.rows_.now = rows_.now;
-    slow.state_.used = state_.used, slow.turns_ = turns_;
+    return kDone;
   }
 
   // Whether zero weights have scalings from which a potential can be told.

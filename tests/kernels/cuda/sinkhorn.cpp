@@ -21,8 +21,7 @@ void solve(const SinkhornTask& task, const SinkhornShape& shape, int64_t problem
     const HostTeam team(blocks, rank, thread);
     float* shared = memory[rank].data();
     typedef Sinkhorn<HostTeam, kLanes, kQuads> Solver;
-    Solver slow(team, task, shape, problem, shared, shared + columns);
-    Solver::solve(slow, Solver(team, task, shape, problem, shared, shared + columns));
+    Solver::solve([&] { return Solver(team, task, shape, problem, shared, shared + columns); });
   });
   for (const auto& block : memory) {
     if (std::count(block.begin() + all, block.end(), guard) != 16) throw std::runtime_error("written beyond the end");
