@@ -33,7 +33,7 @@ class Sinkhorn : SinkhornBlock<Team, kLanes, kQuads> {
         first_(min_of(int64_t(team.rank()) * divide(task.n, shape.size), task.n)),
         rows_(room, min_of(divide(task.n, shape.size), task.n - first_), shape.padded, shape.relaxed_a, task.tau_a,
               task.eps),
-        columns_(shared, task.m, shape.width, shape.relaxed_b, task.tau_b, task.eps),
+        columns_(shared, task.m, width(), shape.relaxed_b, task.tau_b, task.eps),
         kernel_(room + shape.side_of_rows()),
         cost_(task.cost + (problem * task.n + first_) * task.m),
         scale_(float(1.4426950408889634 / task.eps)),

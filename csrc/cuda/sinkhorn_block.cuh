@@ -81,7 +81,10 @@ class SinkhornBlock {
       for (int i = first; i < first + 4; ++i) work(i < n ? i : n - 1, i < n);
     }
   }
+  // The shape's, of which the compiler knows more here.
   DPDIFF_DEVICE int width() const { return kWhole ? kLanes * kColumns : shape_.width; }
+  DPDIFF_DEVICE int length() const { return 4 + width(); }  // of a message
+  DPDIFF_DEVICE int part() const { return kAcross ? 8 : length(); }
   DPDIFF_DEVICE bool inside(int column) const { return kWhole || column < shape_.width; }
 
   // Reduces each of kCount numbers over lanes that differ in the bits from kTop down to kLeast. Each bit halves what a lane
@@ -121,10 +124,10 @@ class SinkhornBlock {
 
   // Boards alternate: what is on one stays until all have what is on the next. A block sends its message to all boards;
   // long ones stay on its own, where the others read them.
-  DPDIFF_DEVICE int board() const { return turns_.board % 2 * shape_.board(); }
+  DPDIFF_DEVICE int board() const { return turns_.board % 2 * (kAcross ? 1 : shape_.size) * length(); }
   DPDIFF_DEVICE const float* message(int rank) const {
     if constexpr (kAcross) return team_.board_of(rank) + board();
-    return team_.board() + board() + rank * shape_.message();
+    return team_.board() + board() + rank * length();
   }
   // Tells all blocks quad(0), quad(1), ... of this one, and waits for theirs.
   template <class Tell>
@@ -137,7 +140,7 @@ class SinkhornBlock {
       } else {
 #pragma unroll 1
         for (int rank = 0; rank < shape_.size; ++rank) {
-          team_.send(rank, turns_.board, board() + team_.rank() * shape_.message() + 4 * q, x);
+          team_.send(rank, turns_.board, board() + team_.rank() * length() + 4 * q, x);
         }
       }
     });
@@ -147,11 +150,11 @@ class SinkhornBlock {
   template <class Op>
   DPDIFF_DEVICE void fold(float (&x)[kColumns], Op op, const SinkhornStats& stats) {
     ++turns_.board;
-    float* part = partial_ + warp_ * shape_.part();
+    float* mine = partial_ + warp_ * part();
     float found[4] = {stats.error, stats.moved, stats.bad, stats.large};
     reduce_lanes<16, 1>(found, Sum());
-    if (lane_ % 8 == 0) part[lane_ / 8] = found[0];
-    float* columns = (kAcross ? team_.board() + board() : part) + 4;
+    if (lane_ % 8 == 0) mine[lane_ / 8] = found[0];
+    float* columns = (kAcross ? team_.board() + board() : mine) + 4;
     constexpr int kLeft = kColumns * kGroup / 32;
     reduce_lanes<16, kGroup>(x, op);
     const int from = lane_ / kGroup * kLeft;
@@ -167,11 +170,11 @@ class SinkhornBlock {
       }
     }
     team_.sync();
-    tell(1 + (kAcross ? 0 : shape_.width / 4), [&](int q) {
+    tell(1 + (kAcross ? 0 : width() / 4), [&](int q) {
       const float nothing = q > 0 ? Op::kNothing : 0.0f;
       Quad met{nothing, nothing, nothing, nothing};
       for_fours(shape_.warps(), [&](int w, bool is) {
-        const Quad of_warp = reinterpret_cast<const Quad*>(partial_ + w * shape_.part())[q];
+        const Quad of_warp = reinterpret_cast<const Quad*>(partial_ + w * part())[q];
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
           const float both = q > 0 ? op(met.x[e], of_warp.x[e]) : met.x[e] + of_warp.x[e];
@@ -205,14 +208,14 @@ class SinkhornBlock {
     ++turns_.board;
     for (int k = 0; k < 4; ++k) {
       for (int mask = 16; mask > 0; mask /= 2) x[k] += team_.swap_lanes(x[k], mask);
-      if (lane_ == 0) reinterpret_cast<double*>(partial_ + warp_ * shape_.part())[k] = x[k];
+      if (lane_ == 0) reinterpret_cast<double*>(partial_ + warp_ * part())[k] = x[k];
     }
     team_.sync();
     tell(2, [&](int q) {
       double sums[2] = {};
 #pragma unroll 1
       for (int w = 0; w < shape_.warps(); ++w) {
-        for (int k = 0; k < 2; ++k) sums[k] += reinterpret_cast<const double*>(partial_ + w * shape_.part())[2 * q + k];
+        for (int k = 0; k < 2; ++k) sums[k] += reinterpret_cast<const double*>(partial_ + w * part())[2 * q + k];
       }
       Quad both;
       memcpy(&both, sums, sizeof both);

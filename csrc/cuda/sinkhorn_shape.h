@@ -31,7 +31,7 @@ struct SinkhornDevice {
 constexpr int kMostColumns = 4096, kMostSharedColumns = 512, kMostWarps = 8, kMostBlocks = 8;
 
 // Rows that a thread takes at once, each with `quads` groups of four columns: as many as registers hold.
-constexpr int sinkhorn_rows(int quads) { return 8 / quads; }
+DPDIFF_BOTH constexpr int sinkhorn_rows(int quads) { return 8 / quads; }
 
 // The rows of a problem are divided among the blocks of a cluster. `lanes` threads share a row, each with `quads` groups of
 // four columns.
