@@ -2,6 +2,7 @@
 // its tests run it on a team of their own.
 #pragma once
 
+#include <math.h>
 #include <stdint.h>
 
 #ifdef __CUDACC__
@@ -19,16 +20,22 @@ struct alignas(16) Quad {
   float x[4];
 };
 
-// 1 / x to a unit in the last place; denormal numbers are zeros, in and out.
-DPDIFF_DEVICE float reciprocal(float x) {
+// To a unit in the last place, or 2^-22 where log_2 is small; denormal numbers are zeros, in and out.
 #ifdef __CUDACC__
+DPDIFF_DEVICE float reciprocal(float x) {
   float y;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
-#else
-  return 1.0f / x;
-#endif
 }
+DPDIFF_DEVICE float log_2(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+#else
+inline float reciprocal(float x) { return 1.0f / x; }
+inline float log_2(float x) { return log2f(x); }
+#endif
 
 #ifdef __CUDACC__
 // The blocks that work together on one problem: a thread-block cluster (on architectures without, a single block). Each
@@ -37,8 +44,11 @@ class Cluster {
  public:
   static constexpr int kBytes = 16;  // of shared memory before the board: two mbarriers
 
-  __device__ Cluster(int size, char* memory)
-      : size_(size), barriers_(address(memory)), board_(reinterpret_cast<float*>(memory + kBytes)) {
+  DPDIFF_DEVICE Cluster(int size, char* memory)
+      : size_(size), barriers_(address(memory)), board_(reinterpret_cast<float*>(memory + kBytes)) {}
+
+  // Before all else, once.
+  DPDIFF_DEVICE void begin() const {
 #if __CUDA_ARCH__ >= 900
     if (size_ == 1) return;
     if (thread() == 0) {

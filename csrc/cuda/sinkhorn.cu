@@ -24,17 +24,31 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Two blocks share a multiprocessor's registers.
+extern __shared__ Quad memory[];
+
+// The solver of this block, in any function: memory is seen to be shared memory.
 template <int kLanes, int kQuads, bool kShared>
-__global__ void __launch_bounds__(32 * kMostWarps, 2)
-    sinkhorn_kernel(const __grid_constant__ SinkhornTask task, const __grid_constant__ SinkhornShape shape) {
-  extern __shared__ Quad memory[];
-  float* const shared = reinterpret_cast<float*>(memory);
-  const Cluster team(shape.size, reinterpret_cast<char*>(memory));
-  float* const rows = kShared ? shared + shape.columns() : task.room + blockIdx.x * shape.of_rows();
+struct Make {
   typedef Sinkhorn<Cluster, kLanes, kQuads> Solver;
-  float* const columns = shared + Cluster::kBytes / 4 + 2 * shape.board();
-  Solver::solve([&] { return Solver(team, task, shape, blockIdx.x / shape.size, columns, rows); });
+  const SinkhornTask& task;
+  const SinkhornShape& shape;
+
+  DPDIFF_DEVICE Cluster team() const { return Cluster(shape.size, reinterpret_cast<char*>(memory)); }
+  DPDIFF_DEVICE Solver operator()() const {
+    float* const shared = reinterpret_cast<float*>(memory);
+    float* const rows = kShared ? shared + shape.columns() : task.room + blockIdx.x * shape.of_rows();
+    float* const columns = shared + Cluster::kBytes / 4 + 2 * shape.board();
+    return Solver(team(), task, shape, blockIdx.x / shape.size, columns, rows);
+  }
+};
+
+// Two blocks share a multiprocessor's registers, where they may share its memory.
+template <int kLanes, int kQuads, bool kShared>
+__global__ void __launch_bounds__(32 * kMostWarps, kShared ? 2 : 1)
+    sinkhorn_kernel(const __grid_constant__ SinkhornTask task, const __grid_constant__ SinkhornShape shape) {
+  const Make<kLanes, kQuads, kShared> make{task, shape};
+  make.team().begin();
+  Sinkhorn<Cluster, kLanes, kQuads>::solve(make);
 }
 
 typedef void (*Kernel)(SinkhornTask, SinkhornShape);

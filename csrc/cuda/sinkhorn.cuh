@@ -19,10 +19,11 @@ class Sinkhorn : SinkhornBlock<Team, kLanes, kQuads> {
   typedef SinkhornSide Side;
   typedef SinkhornExtents Extents;
   typedef SinkhornStats Stats;
+  typedef typename Block::Turns Turns;
   using Block::column_, Block::kAcross, Block::kColumns, Block::kGroup, Block::kRows, Block::lane_, Block::leads_;
-  using Block::fold, Block::folded, Block::folded_stats, Block::for_points, Block::for_quads, Block::for_rows;
-  using Block::inside, Block::of_row, Block::reduce_row, Block::row_, Block::shape_, Block::sum_all, Block::team_;
-  using Block::turns_, Block::warp_, Block::width;
+  using Block::fold, Block::folded, Block::folded_stats, Block::for_halves, Block::for_points, Block::for_quads;
+  using Block::for_rows, Block::inside, Block::kHalf, Block::of_row, Block::reduce_row, Block::row_, Block::shape_;
+  using Block::sum_all, Block::team_, Block::turns_, Block::warp_, Block::width;
 
  public:
   DPDIFF_DEVICE Sinkhorn(const Team& team, const SinkhornTask& task, const SinkhornShape& shape, int64_t problem,
@@ -39,25 +40,25 @@ class Sinkhorn : SinkhornBlock<Team, kLanes, kQuads> {
         scale_(float(1.4426950408889634 / task.eps)),
         scale_rest_(float(1.4426950408889634 / task.eps - scale_)) {}
 
-  // Solves the problem that make() is of. What is not iterated is compiled on its own, on an object in memory, so that the
-  // iterations have the registers to themselves.
+  // Solves the problem that make() is of. Each phase is compiled apart, on an object of its own, so that it has the registers
+  // to itself; start and iterate_logs, which need most, on one in memory.
   template <class Make>
   static DPDIFF_DEVICE void solve(const Make& make) {
-    Sinkhorn slow = make();
-    if (run<&Sinkhorn::prepare>(slow)) {
+    Progress progress;
+    if (prepare(make, progress)) {
       Outcome outcome;
       do {
-        Sinkhorn fast = make();
-        fast.continue_from(slow);
-        outcome = fast.iterate();
-        slow.continue_from(fast);
-      } while (outcome == kLarge && run<&Sinkhorn::absorb>(slow));
-      if (outcome == kBad || !run<&Sinkhorn::zeros_fit>(slow)) run<&Sinkhorn::iterate_logs>(slow);
-      run<&Sinkhorn::finish>(slow);
+        Sinkhorn solver = make();
+        solver.enter(progress);
+        outcome = solver.iterate();
+        solver.leave(progress);
+      } while (outcome == kLarge && run<&Sinkhorn::absorb>(make, progress));
+      if (outcome == kBad || !run<&Sinkhorn::zeros_fit>(make, progress)) run<&Sinkhorn::iterate_logs>(make, progress);
+      run<&Sinkhorn::finish>(make, progress);
     } else {
-      run<&Sinkhorn::fail>(slow);
+      run<&Sinkhorn::fail>(make, progress);
     }
-    slow.team_.sync_all();  // no block ends before the others have read its board
+    make().team_.sync_all();  // no block ends while others send to its board or read it
   }
 
  private:
@@ -70,20 +71,41 @@ class Sinkhorn : SinkhornBlock<Team, kLanes, kQuads> {
     int64_t used = 0;
   };
 
-  DPDIFF_DEVICE void continue_from(const Sinkhorn& other) {
-    rows_.now = other.rows_.now, state_ = other.state_, turns_ = other.turns_;
+  // What goes from one phase to the next.
+  struct Progress {
+    State state;
+    Turns turns;
+    int now = 0;
+  };
+  DPDIFF_DEVICE void enter(const Progress& progress) {
+    state_ = progress.state, turns_ = progress.turns, rows_.now = progress.now;
+  }
+  DPDIFF_DEVICE void leave(Progress& progress) const {
+    progress.state = state_, progress.turns = turns_, progress.now = rows_.now;
   }
 
-  template <bool (Sinkhorn::*kPhase)()>
-  static DPDIFF_APART bool run(Sinkhorn& slow) {
-    return (slow.*kPhase)();
+  template <bool (Sinkhorn::*kPhase)(), class Make>
+  static DPDIFF_APART bool run(const Make& make, Progress& progress) {
+    Sinkhorn solver = make();
+    solver.enter(progress);
+    const bool result = (solver.*kPhase)();
+    solver.leave(progress);
+    return result;
   }
 
   DPDIFF_DEVICE bool read_weights();
   DPDIFF_DEVICE bool build_unshifted();
-  DPDIFF_DEVICE bool start();
+  DPDIFF_APART bool start();
   DPDIFF_DEVICE void lower_zero_rows();
-  DPDIFF_DEVICE bool prepare() { return read_weights() && (build_unshifted() || (start() && build(false))) && undo(); }
+  template <class Make>
+  static DPDIFF_DEVICE bool prepare(const Make& make, Progress& progress) {
+    if (!run<&Sinkhorn::read_weights>(make, progress)) return false;
+    if (!run<&Sinkhorn::build_unshifted>(make, progress)) {
+      if (!run<&Sinkhorn::start>(make, progress)) return false;
+      run<&Sinkhorn::build_started>(make, progress);
+    }
+    return run<&Sinkhorn::undo>(make, progress);
+  }
 
   static DPDIFF_DEVICE int min_of(int64_t a, int64_t b) { return int(a < b ? a : b); }
   static DPDIFF_DEVICE int divide(int a, int b) { return (a + b - 1) / b; }
@@ -156,24 +178,25 @@ class Sinkhorn : SinkhornBlock<Team, kLanes, kQuads> {
     };
     set_pulls(rows_);
     set_pulls(columns_);
-    for_rows([&](int first) {
-      float c[kRows][kColumns];
+    for_halves([&](int first, int from) {
+      float c[kHalf][kColumns];
 #pragma unroll
-      for (int r = 0; r < kRows; ++r) again ? load_costs(first + r, c[r]) : load_kernel(first, r, c[r]);
+      for (int r = 0; r < kHalf; ++r) again ? load_costs(first + from + r, c[r]) : load_kernel(first, from + r, c[r]);
 #pragma unroll
-      for (int r = 0; r < kRows; ++r) {
-        const Pair f = rows_.base(first + r);
+      for (int r = 0; r < kHalf; ++r) {
+        const Pair f = rows_.base(first + from + r);
         for_quads([&](int j, int at) {
           const Quad high = four_columns(columns_.high(), j), low = four_columns(columns_.low(), j);
 #pragma unroll
           for (int e = 0; e < 4; ++e) c[r][at + e] = kernel_of(f, {high.x[e], low.x[e]}, c[r][at + e]);
         });
-        store_kernel(first, r, c[r]);
+        store_kernel(first, from + r, c[r]);
       }
     });
     team_.sync();
     return true;
   }
+  DPDIFF_DEVICE bool build_started() { return build(false); }
 
   // --------------------------------------------------------------------------------------- iterations
 
@@ -297,7 +320,7 @@ class Sinkhorn : SinkhornBlock<Team, kLanes, kQuads> {
     return build(true);
   }
 
-  DPDIFF_DEVICE bool iterate_logs();
+  DPDIFF_APART bool iterate_logs();
   DPDIFF_DEVICE double carried(const Side& side, int i, double potential) const {
     const float w = side.weight()[i];
     return w > 0 && potential < INFINITY ? potential + task_.eps * log(double(w)) : -INFINITY;
@@ -305,95 +328,12 @@ class Sinkhorn : SinkhornBlock<Team, kLanes, kQuads> {
 
   // --------------------------------------------------------------------------------------- results
 
-  // The plan and what is told of it.
-  DPDIFF_DEVICE bool finish() {
-    float v[kColumns], sums[kColumns] = {};
-    load_columns(columns_.moved(), v);
-    const float unit = float(task_.eps) * kLn2;
-    float* plan = task_.plan == nullptr ? nullptr : task_.plan + (problem_ * task_.n + first_) * task_.m;
-    double results[4] = {};  // error, mass, cost, dual objective
-    for_rows([&](int first) {
-      float rows[kRows];
-      const int i = first + row_;
-      const float weight = fmaxf(rows_.weight()[i], 0.0f), u = weight > 0 ? weight * rows_.scaling()[i] : 0.0f;
-#pragma unroll
-      for (int r = 0; r < kRows; ++r) {
-        const Pair f = rows_.base(first + r);
-        const float of_this = of_row(u, r);
-        float total = 0;
-        rows[r] = 0;
-        for_quads([&](int j, int at) {
-          Quad p = *quad(first, r, j);
-          const Quad high = four_columns(columns_.high(), j), low = four_columns(columns_.low(), j);
-#pragma unroll
-          for (int e = 0; e < 4; ++e) {
-            const float k = p.x[e];
-            const Pair sum = Pair::sum(f.high, high.x[e]);
-            const float c = (sum.high - unit * log2f(k)) + (sum.low + (f.low + low.x[e]));
-            p.x[e] = of_this * k * v[at + e];
-            rows[r] += p.x[e];
-            sums[at + e] += p.x[e];
-            total += p.x[e] > 0 ? p.x[e] * c : 0.0f;
-          }
-          store_plan(plan, first + r, j, p);
-        });
-        results[2] += total;
-      }
-      const float sum = reduce_row(rows, Sum());
-      if (leads_) {
-        results[0] += fabsf(sum - rows_.aim(i));
-        results[1] += sum;
-      }
-    });
-    fold(sums, Sum(), Stats());
-    settle();
-    dual(rows_, task_.a + problem_ * task_.n + first_, task_.f + problem_ * task_.n + first_, results[3]);
-    if (team_.rank() == 0) {
-      for_points(columns_.n, [&](int j) { results[0] += fabsf(folded(j, Sum()) - columns_.aim(j)); });
-      dual(columns_, task_.b + problem_ * task_.m, task_.g + problem_ * task_.m, results[3]);
-    }
-    sum_all(results);
-    if (team_.rank() > 0 || team_.thread() > 0) return true;
-    task_.error[problem_] = float(results[0] + state_.stranded);
-    task_.total[problem_] = float(results[2]);
-    task_.value[problem_] = float(results[3] - task_.eps * (results[1] - state_.mass_a * state_.mass_b));
-    task_.used[problem_] = state_.used;
-    return true;
-  }
+  DPDIFF_DEVICE bool first_of_row() const { return lane_ % kGroup == 0 && (!kAcross || warp_ == 0); }
 
-  DPDIFF_DEVICE void store_plan(float* plan, int i, int j, const Quad& p) const {
-    if (plan == nullptr || i >= rows_.n) return;
-    float* to = plan + int64_t(i) * task_.m + j;
-    if (task_.m % 4 == 0) {
-      if (j < task_.m) *reinterpret_cast<Quad*>(to) = p;
-    } else {
-      for (int e = 0; e < 4; ++e) {
-        if (j + e < task_.m) to[e] = p.x[e];
-      }
-    }
-  }
-
-  // Writes a side's potentials and adds their part of the dual objective.
-  DPDIFF_DEVICE void dual(const Side& side, const float* given, float* to, double& sum) const {
-    for_points(side.n, [&](int i) {
-      const double potential = side.potential(i);
-      to[i] = float(potential);
-      if (given[i] > 0) sum += given[i] * (side.relaxed ? -side.tau * expm1(-potential / side.tau) : potential);
-    });
-  }
-
-  DPDIFF_DEVICE bool fail() {
-    if (task_.plan != nullptr) {
-      float* plan = task_.plan + (problem_ * task_.n + first_) * task_.m;
-      for (int64_t i = team_.thread(); i < int64_t(rows_.n) * task_.m; i += team_.threads()) plan[i] = NAN;
-    }
-    for_points(rows_.n, [&](int i) { task_.f[problem_ * task_.n + first_ + i] = NAN; });
-    for_points(columns_.n, [&](int j) { task_.g[problem_ * task_.m + j] = NAN; });
-    if (team_.rank() > 0 || team_.thread() > 0) return true;
-    task_.error[problem_] = task_.total[problem_] = task_.value[problem_] = NAN;
-    task_.used[problem_] = task_.n_iters;
-    return true;
-  }
+  DPDIFF_DEVICE bool finish();
+  DPDIFF_DEVICE void store_plan(float* plan, int i, int j, const Quad& p) const;
+  DPDIFF_DEVICE void dual(const Side& side, const float* given, float* to, double& sum) const;
+  DPDIFF_DEVICE bool fail();
 
   const SinkhornTask& task_;
   const int64_t problem_;
@@ -408,4 +348,5 @@ class Sinkhorn : SinkhornBlock<Team, kLanes, kQuads> {
 }  // namespace dpdiff
 
 #include "sinkhorn_logs.cuh"
+#include "sinkhorn_results.cuh"
 #include "sinkhorn_start.cuh"

@@ -60,6 +60,15 @@ class SinkhornBlock {
 #pragma unroll 1
     for (int i = kAcross ? 0 : warp_ * kSpan; i < shape_.padded; i += step) work(i + lane_ / kGroup * kRows);
   }
+  // work(the same, where to go on) for each half of these rows, since registers don't hold costs of all
+  static constexpr int kHalf = kRows / 2;
+  template <class Work>
+  DPDIFF_DEVICE void for_halves(const Work& work) const {
+    for_rows([&](int first) {
+#pragma unroll 1
+      for (int r = 0; r < kRows; r += kHalf) work(first, r);
+    });
+  }
   // work(i), spread over the block's threads
   template <class Work>
   DPDIFF_DEVICE void for_points(int n, const Work& work) const {
@@ -228,6 +237,11 @@ class SinkhornBlock {
     }
   }
 
+  struct Turns {
+    int row = 0;
+    unsigned board = ~0u;
+  };
+
   const Team team_;
   const SinkhornShape& shape_;
   const int warp_, lane_;
@@ -236,10 +250,7 @@ class SinkhornBlock {
   const bool leads_;  // among those that get the same row's sum
   float* const partial_;
   float* const scratch_;
-  struct Turns {
-    int row = 0;
-    unsigned board = ~0u;
-  } turns_;  // what is used alternates
+  Turns turns_;  // what is used alternates
 };
 
 }  // namespace dpdiff

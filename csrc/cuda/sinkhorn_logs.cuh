@@ -7,9 +7,8 @@
 namespace dpdiff {
 
 template <class Team, int kLanes, int kQuads>
-DPDIFF_DEVICE bool Sinkhorn<Team, kLanes, kQuads>::iterate_logs() {
+DPDIFF_APART bool Sinkhorn<Team, kLanes, kQuads>::iterate_logs() {
   const double eps = task_.eps;
-  const bool first_of_row = lane_ % kGroup == 0 && (!kAcross || warp_ == 0);
   // h = g + eps log b, and f before it is taken, are kept where the scalings were
   const auto set_h = [&](int j, double g) {
     const Pair h = Pair::of(carried(columns_, j, g));
@@ -48,7 +47,7 @@ DPDIFF_DEVICE bool Sinkhorn<Team, kLanes, kQuads>::iterate_logs() {
         });
         const double softmin = -log_sum(greatest, reduce_row(total, Sum())), f = rows_.damp * softmin;
         const float weight = rows_.weight()[i];
-        if (first_of_row) {
+        if (first_of_row()) {
           if (weight > 0) {
             stats.error += fabsf(float(weight * exp((rows_.base(i).wide() - softmin) / eps)) - rows_.aim(i));
           }

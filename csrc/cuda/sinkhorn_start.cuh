@@ -41,13 +41,13 @@ DPDIFF_DEVICE bool Sinkhorn<Team, kLanes, kQuads>::build_unshifted() {
   const float limit = fminf(float(kMostExponent * task_.eps), 0x1p126f);
   float unused[kColumns] = {};
   Stats stats;
-  for_rows([&](int first) {
-    float c[kRows][kColumns];
+  for_halves([&](int first, int from) {
+    float c[kHalf][kColumns];
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) load_costs(first + r, c[r]);
+    for (int r = 0; r < kHalf; ++r) load_costs(first + from + r, c[r]);
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      const bool inside = first + r < rows_.n;
+    for (int r = 0; r < kHalf; ++r) {
+      const bool inside = first + from + r < rows_.n;
       for_quads([&](int j, int at) {
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
@@ -56,7 +56,7 @@ DPDIFF_DEVICE bool Sinkhorn<Team, kLanes, kQuads>::build_unshifted() {
           x = power(-x, 0.0f);
         }
       });
-      store_kernel(first, r, c[r]);
+      store_kernel(first, from + r, c[r]);
     }
   });
   fold(unused, Sum(), stats);
@@ -65,7 +65,7 @@ DPDIFF_DEVICE bool Sinkhorn<Team, kLanes, kQuads>::build_unshifted() {
 
 // The first potentials; the kernel's place gets the costs. False where a cost has no meaning.
 template <class Team, int kLanes, int kQuads>
-DPDIFF_DEVICE bool Sinkhorn<Team, kLanes, kQuads>::start() {
+DPDIFF_APART bool Sinkhorn<Team, kLanes, kQuads>::start() {
   float nearest[kColumns];
 #pragma unroll
   for (float& x : nearest) x = INFINITY;
