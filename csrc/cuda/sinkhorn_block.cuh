@@ -53,12 +53,14 @@ class SinkhornBlock {
         partial_(partial),
         scratch_(partial + shape.warps() * shape.part()) {}
 
-  // work(the first of this thread's kRows rows), all threads alike
+  // work(the first of this thread's kRows rows), all threads alike; each warp has some
   template <class Work>
   DPDIFF_DEVICE void for_rows(const Work& work) const {
     const int step = kAcross ? kSpan : kSpan * shape_.warps();
+    int i = kAcross ? 0 : warp_ * kSpan;
 #pragma unroll 1
-    for (int i = kAcross ? 0 : warp_ * kSpan; i < shape_.padded; i += step) work(i + lane_ / kGroup * kRows);
+    do work(i + lane_ / kGroup * kRows);
+    while ((i += step) < shape_.padded);
   }
   // work(the same, where to go on) for each half of these rows, since registers don't hold costs of all
   static constexpr int kHalf = kRows / 2;
@@ -207,8 +209,8 @@ class SinkhornBlock {
     SinkhornStats sum;
     for_fours(shape_.size, [&](int rank, bool is) {
       const Quad x = *reinterpret_cast<const Quad*>(message(rank));
-      sum.error += is ? x.x[0] : 0.0f, sum.moved += is ? x.x[1] : 0.0f;
-      sum.bad += is ? x.x[2] : 0.0f, sum.large += is ? x.x[3] : 0.0f;
+      if (!is) return;
+      sum.error += x.x[0], sum.moved += x.x[1], sum.bad += x.x[2], sum.large += x.x[3];
     });
     return sum;
   }

@@ -39,7 +39,7 @@ struct SinkhornShape {
   int lanes, quads;
   int size, threads;        // blocks of a cluster, threads of a block
   int rows, padded, width;  // of a block's kernel, of what else is known of its rows, and of a row
-  bool shared;        // whether the rows are in shared memory, or in global memory
+  bool shared;              // whether the rows are in shared memory, or in global memory
   bool relaxed_a, relaxed_b;
 
   // Rows of a warp, or of a block.
@@ -48,7 +48,7 @@ struct SinkhornShape {
 
   // Floats of all that is known of the rows and of the columns but the kernel; of what a block tells the others, and of a
   // board of it, where each block has a place, unless rows are so long that it stays on its own; of what a warp tells its
-  // block; of all in shared memory but the rows, and of the rows.
+  // block; of all in shared memory but the rows, with what Cluster and reduce_row need; and of the rows.
   DPDIFF_BOTH int64_t side_of_rows() const { return int64_t(relaxed_a ? 8 : 5) * padded; }
   DPDIFF_BOTH int64_t side_of_columns() const { return int64_t(relaxed_b ? 8 : 6) * width; }
   DPDIFF_BOTH int message() const { return 4 + width; }
@@ -73,14 +73,14 @@ inline SinkhornShape sinkhorn_shape_of(int n, int m, bool relaxed_a, bool relaxe
     shape.quads = 4;
   }
   shape.size = size;
-  const int of_thread = sinkhorn_rows(shape.quads), spans = ceil_div(ceil_div(n, size), shape.span());
-  shape.rows = ceil_div(ceil_div(n, size), of_thread) * of_thread;
+  const int of_block = n > 0 ? ceil_div(n, size) : 1, of_thread = sinkhorn_rows(shape.quads);
+  const int spans = ceil_div(of_block, shape.span());
+  shape.rows = ceil_div(of_block, of_thread) * of_thread;
   shape.padded = ceil_div(spans * shape.span(), 4) * 4;  // whatever follows begins at a multiple of 16 bytes
   shape.width = shape.lanes < 32 ? 4 * shape.lanes * shape.quads : m > 0 ? ceil_div(m, 4) * 4 : 4;
   // as few warps as take no more rounds than the most would
-  const int rounds = ceil_div(spans, kMostWarps) > 0 ? ceil_div(spans, kMostWarps) : 1;
-  const int warps = ceil_div(spans, rounds) > 0 ? ceil_div(spans, rounds) : 1;
-  shape.threads = shape.lanes > 32 ? shape.lanes : 32 * warps;
+  const int rounds = ceil_div(spans, kMostWarps);
+  shape.threads = shape.lanes > 32 ? shape.lanes : 32 * ceil_div(spans, rounds);
   shape.shared = shared;
   shape.relaxed_a = relaxed_a, shape.relaxed_b = relaxed_b;
   return shape;
