@@ -11,7 +11,6 @@ import platform
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,6 +30,10 @@ class Backend(NamedTuple):
         return self.available
 
 
+# Whether Triton kernels run in its interpreter, on CPU tensors: slow, for tests.
+_INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
 def _load_library() -> Backend:
     libraries = sorted(Path(__file__).parent.glob("_C*.so"))
     if not libraries:
@@ -42,29 +45,20 @@ def _load_library() -> Backend:
     return Backend(True, f"{libraries[0].name}, {torch.ops.dpdiff.cpu_capability()} instructions")
 
 
-def _interpreted() -> bool:
-    """Whether Triton kernels run in its interpreter, on CPU tensors: slow, for tests."""
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
-
-
-@cache
-def _find_triton() -> Backend:
-    if not _interpreted() and not torch.cuda.is_available():
+def _find_triton() -> Backend:  # without a CUDA context, which would outlast the import and keep processes from forking
+    if not _INTERPRETED and not torch.cuda.is_available():
         return Backend(False, "torch sees no CUDA device")
     try:
         import triton
     except ImportError as error:
         return Backend(False, f"triton does not import: {error}")
-    if _interpreted():
+    if _INTERPRETED:
         return Backend(True, f"triton {triton.__version__}, interpreted, on CPU tensors (TRITON_INTERPRET)")
     if torch.version.hip:
         return Backend(True, f"triton {triton.__version__}, when asked for: its kernels have not run on AMD's GPUs yet")
-    if torch.cuda.get_device_capability() < (8, 0):
-        return Backend(False, "the CUDA device's compute capability is below 8.0")
     return Backend(True, f"triton {triton.__version__}")
 
 
-@cache
 def _find_cuda() -> Backend:
     if not torch.cuda.is_available():
         return Backend(False, "torch sees no CUDA device")
@@ -76,6 +70,12 @@ def _find_cuda() -> Backend:
 
 
 _LIBRARY = _load_library()
+_FOUND = {
+    "reference": Backend(True, "plain PyTorch, any device"),
+    "cpp": _LIBRARY,
+    "triton": _find_triton(),
+    "cuda": _find_cuda(),
+}
 _REMEDY = "reinstall with a C++17 compiler: pip install --no-build-isolation --force-reinstall --no-deps ."
 # use_backend's stack. Of the process, not of the thread: a backward pass runs in threads of autograd's own.
 _forced: list[str] = []
@@ -88,12 +88,7 @@ def backends() -> dict[str, Backend]:
     >>> dpdiff_kernels.backends()["reference"].available
     True
     """
-    return {
-        "reference": Backend(True, "plain PyTorch, any device"),
-        "cpp": _LIBRARY,
-        "triton": _find_triton(),
-        "cuda": _find_cuda(),
-    }
+    return dict(_FOUND)
 
 
 @contextmanager
@@ -166,22 +161,20 @@ def refuse_tangents(backend: str, *tensors: torch.Tensor | None) -> None:
         )
 
 
-@torch.compiler.assume_constant_result  # torch.compile need not look into how Triton is found
 def _runs_on(name: str, device: str) -> bool:
     if name == "reference":
         return True
     if name == "cpp":
         return device == "cpu" and _LIBRARY.available
-    if name == "triton" and _interpreted():
-        return device == "cpu" and _find_triton().available
-    return device == "cuda" and backends()[name].available
+    on = "cpu" if name == "triton" and _INTERPRETED else "cuda"
+    return device == on and _FOUND[name].available
 
 
 def _check(name: str, argument: str) -> None:
     if name != "auto" and name not in NAMES:
         raise ValueError(f"{argument} is {name!r}: expected auto, {', '.join(NAMES)}")
-    if name != "auto" and not backends()[name]:
-        raise ValueError(f"{argument} is {name!r}, which isn't available here: {backends()[name].reason}")
+    if name != "auto" and not _FOUND[name]:
+        raise ValueError(f"{argument} is {name!r}, which isn't available here: {_FOUND[name].reason}")
 
 
 def _warn_once() -> None:

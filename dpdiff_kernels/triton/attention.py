@@ -64,8 +64,8 @@ def pick_tiles(arch: str, itemsize: int, block_e: int, two_softmaxes: bool, fold
     if arch.startswith("gfx"):  # larger ones spill
         return Tiles(Tile(64, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1))
     if block_e <= 64:
-        bank_gradient = Tile(64, 64 if folded else 32, 4, 2)
-        return Tiles(Tile(128, 64, 8 if two_softmaxes else 4, 3), Tile(64, 64, 4, 2), bank_gradient)
+        bank_gradient = Tile(64, 64, 4, 3) if folded else Tile(64, 32, 4, 2)
+        return Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), bank_gradient)
     if block_e == 128:
         return Tiles(Tile(128, 64, 8, 3), Tile(64, 64, 4, 2), Tile(32, 64, 8, 2))
     return Tiles(Tile(32 if two_softmaxes else 64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 2))

@@ -27,9 +27,11 @@ def _tiles(arch: str, dim: int, applying: bool = False, many: bool = True) -> di
     large tiles on most multiprocessors."""
     whole = dim <= (32 if applying else 64)
     if arch == "sm_90" and not applying:
-        tiles = {"OUT": 128, "REDUCED": 128, "num_warps": 8} if many else {"OUT": 32, "REDUCED": 64, "num_warps": 4}
-        chunk = 64 if whole and dim > 32 else 32
-        return tiles | {"CHUNK": chunk, "WHOLE": whole, "PRECISION": "tf32x3", "num_stages": 2}
+        wide = many and whole  # others would spill
+        tiles = {"OUT": 128, "REDUCED": 256 if wide else 128, "num_warps": 8, "num_stages": 1 if wide else 2}
+        if not many:
+            tiles = {"OUT": 32, "REDUCED": 64, "num_warps": 4, "num_stages": 2}
+        return tiles | {"CHUNK": 64 if whole and dim > 32 else 32, "WHOLE": whole, "PRECISION": "tf32x3"}
     return {
         "OUT": 64,
         "REDUCED": 32 if applying or (arch == "sm_80" and dim > 32) else 64,
