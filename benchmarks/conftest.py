@@ -93,8 +93,10 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Gener
 
 
 @pytest.hookimpl(trylast=True)  # after the tables of pytest-benchmark
-def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pytest.Config) -> None:
     record = config.stash[_RECORD]
+    if exitstatus == pytest.ExitCode.INTERRUPTED:
+        record.skipped["the cases that follow"] = "the run was interrupted"
     if record.measurements:
         found = results.assemble(record, record.limits, ["pytest", *config.invocation_params.args])
         terminalreporter.write(results.table(found))
@@ -122,6 +124,14 @@ def limits(request: pytest.FixtureRequest, device: str) -> None:
         threadpool_limits(threads)  # of all that is loaded by now
     if not request.config.getoption("benchmark_disable"):
         request.config.stash[_RECORD].limits = measure_limits(device)
+
+
+@pytest.fixture(autouse=True)
+def released_memory(device: str) -> Generator[None]:
+    """What torch's allocator kept from a case is not missing in another, of another process it may be."""
+    yield
+    if device == "cuda":
+        torch.cuda.empty_cache()
 
 
 @pytest.fixture

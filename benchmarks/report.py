@@ -30,7 +30,7 @@ _READING = """\
 - *of the limit*: the least time in which this machine could do the case's matrix products and move its operands and
   results, at the rates above, over the time taken. The rate for nearest prototypes of float32 tokens is bfloat16's, in
   which scores may be screened before they are settled in float32. On CPUs without bfloat16 products, float32's measured
-  rate stands for both.
+  rate stands for both. On GPUs attention makes float32 products of bfloat16 ones, and can exceed float32's rate.
 
 **dpdiff** runs on the implementation that it chooses by itself, *dpdiff: reference* on its definition in plain PyTorch,
 which for `sinkhorn` is in float64. Contenders in italics don't solve the same problem, but a part of it or a plainer

@@ -10,6 +10,7 @@ import io
 import json
 import math
 import os
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -83,7 +84,7 @@ def assemble(record: Record, limits: Limits, command: Sequence[str]) -> dict:
                 case["share"] = case["floor"] / m.seconds
     return {
         "date": now(),
-        "command": " ".join(map(str, command)),
+        "command": shlex.join(map(str, command)),
         "machine": machine(),
         "limits": asdict(limits),
         "cases": list(cases.values()),
