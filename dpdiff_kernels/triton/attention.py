@@ -21,6 +21,7 @@ from dpdiff_kernels.triton.launch import (
 from dpdiff_kernels.triton.routing import active_lists, active_mask
 
 _LOG2_E = 1.4426950408889634
+_LONG = 64  # tokens of an image, from which on no tile of `plain` ones spans more than two
 _PARTS_BYTES = 32 << 20  # that partial sums of a shared bank's gradients may take
 
 
@@ -37,12 +38,13 @@ class Tiles(NamedTuple):
     bank_gradient: Tile
 
 
-def pick_tiles(arch: str, itemsize: int, block_e: int, two_softmaxes: bool, folded: bool) -> Tiles:
-    """The one table to tune: by architecture, bytes of an element, and channels up to the next power of two. Of tiles
-    that don't spill; on sm_90 the fastest of these as measured on an H200, for 64 channels."""
+def pick_tiles(arch: str, itemsize: int, block_e: int, two_softmaxes: bool, plain: bool) -> Tiles:
+    """The one table to tune: by architecture, bytes of an element, and channels up to the next power of two, of tiles
+    that don't spill. On sm_90 those of up to 64 channels are the fastest on an H200, but for gradients of banks, which
+    have the fewest instructions. plain: all images see the same banks, and none has fewer than `_LONG` tokens."""
     if itemsize == 4:
         if block_e == 64 and arch == "sm_90":
-            bank_gradient = Tile(64, 32, 8, 2) if folded else Tile(32, 32, 8, 1)
+            bank_gradient = Tile(32, 64, 4, 2) if plain else Tile(32, 32, 8, 1)
             return Tiles(Tile(64, 32, 4, 3), Tile(128, 32, 8, 3), bank_gradient)
         if block_e == 256:
             return Tiles(Tile(32, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1))
@@ -64,7 +66,7 @@ def pick_tiles(arch: str, itemsize: int, block_e: int, two_softmaxes: bool, fold
     if arch.startswith("gfx"):  # larger ones spill
         return Tiles(Tile(64, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1))
     if block_e <= 64:
-        bank_gradient = Tile(64, 64, 4, 3) if folded else Tile(64, 32, 4, 2)
+        bank_gradient = Tile(64, 64, 4, 3) if plain else Tile(64, 32, 4, 2)
         return Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), bank_gradient)
     if block_e == 128:
         return Tiles(Tile(128, 64, 8, 3), Tile(64, 64, 4, 2), Tile(32, 64, 8, 2))
@@ -107,7 +109,7 @@ def _problem(query, local_key, global_key, gate, groups) -> Problem:
     folded = groups is None and local_key.dim() == 3 and (global_key is None or global_key.dim() == 3)
     return Problem(
         "ieee" if query.device.type == "cpu" else pick_precision(arch),  # the interpreter knows no other
-        pick_tiles(arch, query.element_size(), block_e, gate is not None, folded),
+        pick_tiles(arch, query.element_size(), block_e, gate is not None, folded and n_tokens >= _LONG),
         block_e,
         pick_chunk(query.element_size(), block_e),
         folded,
@@ -220,7 +222,7 @@ def prototype_attention_backward(
 
     query, grad_out = _rows(query), _rows(grad_out)
     reference, total = reference.contiguous(), total.contiguous()
-    weights, deltas = torch.empty_like(reference), torch.empty_like(reference)
+    sums = reference.new_empty(*reference.shape, 4)
     with on_device(query):
         mask = lists = counts = None
         if groups is not None:
@@ -230,20 +232,16 @@ def prototype_attention_backward(
         launch(query_gradient_kernel)[(problem.programs(tile),)](
             grad_out, query, *banks, None if gate is None else gate.contiguous(), lists, counts,
             _laid_out(out, grad_query), None if gate is None else _laid_out(difference, grad_query), reference, total,
-            grad_query, None if gate is None else grad_gate, weights, deltas,
+            grad_query, None if gate is None else grad_gate, sums,
             *(stride for t in (grad_out, query, *banks, grad_query) for stride in _strides(t)),
             *problem.sizes, scale, scale * _LOG2_E,
             FOLDED=problem.folded, **_constants(problem, query.shape[-1], tile),
         )  # fmt: skip
         tokens = (grad_out, query, scale)
-        grad_local = _bank_gradients(
-            problem, *tokens, *banks[:2], mask, lists, counts, reference[0], weights[0], deltas[0]
-        )
+        grad_local = _bank_gradients(problem, *tokens, *banks[:2], mask, lists, counts, sums[0])
         grad_global = query.new_empty(0), query.new_empty(0)
         if global_key is not None:
-            grad_global = _bank_gradients(
-                problem, *tokens, *banks[2:], None, None, None, reference[-1], weights[-1], deltas[-1]
-            )
+            grad_global = _bank_gradients(problem, *tokens, *banks[2:], None, None, None, sums[-1])
     return grad_query, *grad_local, *grad_global, grad_gate
 
 
@@ -261,11 +259,9 @@ def _bank_gradients(
     mask: Tensor | None,
     lists: Tensor | None,
     counts: Tensor | None,
-    reference: Tensor,
-    weights: Tensor,
-    deltas: Tensor,
+    sums: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """mask, lists, counts: the routes of the bank's images. reference, weights, deltas (B, H, N): of its softmax."""
+    """mask, lists, counts: the routes of the bank's images. sums (H, B, N, 4): of its softmax."""
     batch, heads, n_tokens = problem.sizes[:3]
     shared, count, channels = key.dim() == 3, *key.shape[-2:]
     tile = problem.tiles.bank_gradient
@@ -282,11 +278,11 @@ def _bank_gradients(
     new = query.new_empty if lists is None else query.new_zeros
     grad_key, grad_value = new(size, dtype=dtype), new(size, dtype=dtype)
     launch(bank_gradient_kernel)[(programs * parts,)](
-        grad_out, query, key, value, lists, counts, mask, reference, weights, deltas, grad_key, grad_value,
+        grad_out, query, key, value, lists, counts, mask, sums, grad_key, grad_value,
         *(stride for t in (grad_out, query, key, value) for stride in _strides(t)),
         heads * count * channels, count * channels, channels, key.numel(),
         batch, heads, n_tokens, count, parts, scale, scale * _LOG2_E,
-        SHARED=shared, **_constants(problem, channels, tile),
+        SHARED=shared, LONG=n_tokens >= tile.tokens, **_constants(problem, channels, tile),
     )  # fmt: skip
     if parts > 1:
         grad_key, grad_value = grad_key.sum(0).to(key.dtype), grad_value.sum(0).to(value.dtype)
@@ -306,24 +302,25 @@ def variants(arch: str) -> Iterator[Variant]:
                 absent = {"one": {"global_key", "global_value"}, "joint": set(), "gated": set()}[banks]
                 absent |= {"gate", "difference", "grad_gate"} if banks != "gated" else set()
                 for tokens in ("folded", "image by image", "routed"):
-                    tiles = pick_tiles(arch, itemsize, block_e, banks == "gated", tokens == "folded")
+                    tiles = pick_tiles(arch, itemsize, block_e, banks == "gated", plain=tokens == "folded")
                     unrouted = absent | (set() if tokens == "routed" else {"lists", "counts"})
                     folded = {"FOLDED": tokens == "folded"}
                     for unwanted in (set(), {"reference", "total", "difference"}):  # without a backward pass
                         yield _variant(forward_kernel, arch, dtype, block_e, tiles.forward, unrouted | unwanted, folded)
                     yield _variant(query_gradient_kernel, arch, dtype, block_e, tiles.query_gradient, unrouted, folded)
-            for shared, absent in (
-                (True, {"lists", "counts", "mask"}),
-                (True, set()),
-                (False, {"lists", "counts", "mask"}),
-                (False, {"mask"}),
+            for shared, absent, long in (
+                (True, {"lists", "counts", "mask"}, True),
+                (True, {"lists", "counts", "mask"}, False),
+                (True, set(), True),
+                (False, {"lists", "counts", "mask"}, True),
+                (False, {"mask"}, True),
             ):
+                plain = shared and bool(absent) and long
+                tile = pick_tiles(arch, itemsize, block_e, False, plain).bank_gradient
                 # Parts of a gradient, of which only shared banks without routes have several, are in float32.
-                folded = shared and "lists" in absent
-                tile = pick_tiles(arch, itemsize, block_e, False, folded).bank_gradient
                 for parts in sorted({dtype, "*fp32"} if shared and absent else {dtype}):
                     kinds = dict.fromkeys(("grad_key", "grad_value"), parts)
-                    flags = {"SHARED": shared}
+                    flags = {"SHARED": shared, "LONG": long}
                     yield _variant(bank_gradient_kernel, arch, dtype, block_e, tile, absent, flags, kinds)
 
 
@@ -339,7 +336,7 @@ def _variant(
 ) -> Variant:
     """absent: arguments that are None. kinds: of tensors that aren't as usual."""
     kinds = {"lists": "*i32", "counts": "*i32", "mask": "*i1"} | (kinds or {})
-    kinds |= dict.fromkeys(("gate", "reference", "total", "weights", "deltas", "grad_gate"), "*fp32")
+    kinds |= dict.fromkeys(("gate", "reference", "total", "sums", "grad_gate"), "*fp32")
     names = kernel.arg_names
     tensors = names[: names.index(next(name for name in names if name.endswith("_b")))]
     numbers = [n for n in names[len(tensors) :] if not n.isupper()]

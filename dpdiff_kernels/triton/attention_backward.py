@@ -14,7 +14,7 @@ from dpdiff_kernels.triton.attention_forward import dot_rows, load_rows, locate,
 
 @triton.jit
 def query_tile(
-    q, query, offsets, do, grad_out, grad_offsets, inside, dq, start, weight, delta,
+    q, query, offsets, do, grad_out, grad_offsets, inside, dq, start, delta,
     key, value, k_m, v_m, listed, m, present, exponent_scale,
     CHANNELS: tl.constexpr, BLOCK_E: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -22,7 +22,7 @@ def query_tile(
     k = load_rows(key, rows * k_m, present, CHANNELS, BLOCK_E)
     v = load_rows(value, rows * v_m, present, CHANNELS, BLOCK_E)
     scores = dot_rows(q, query, offsets, inside, k, key, rows * k_m, present, CHANNELS, BLOCK_E, CHUNK, PRECISION)
-    p = tl.exp2(scores * exponent_scale - start[:, None]) * weight[:, None]
+    p = tl.exp2(scores * exponent_scale - start[:, None])
     slopes = dot_rows(
         do, grad_out, grad_offsets, inside, v, value, rows * v_m, present, CHANNELS, BLOCK_E, CHUNK, PRECISION
     )
@@ -34,25 +34,27 @@ def query_tile(
 
 @triton.jit
 def query_gradient_of(
-    q, query, offsets, do, grad_out, grad_offsets, inside, dq, start, weight, delta,
+    q, query, offsets, do, grad_out, grad_offsets, inside, start, weight, delta,
     key, value, k_m, v_m, listed, count, exponent_scale,
-    CHANNELS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
+    CHANNELS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr,
+    CHUNK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Adds what a bank of `count` prototypes gives to the gradient of the queries, but for the scale."""
+    """What a bank of `count` prototypes gives to the gradient of the queries, but for the scale."""
+    dq = tl.zeros([BLOCK_T, BLOCK_E], tl.float32)
     full = count // BLOCK_M * BLOCK_M
     for first in tl.range(0, full, BLOCK_M):
         m = first + tl.arange(0, BLOCK_M)
         dq = query_tile(
-            q, query, offsets, do, grad_out, grad_offsets, inside, dq, start, weight, delta,
+            q, query, offsets, do, grad_out, grad_offsets, inside, dq, start, delta,
             key, value, k_m, v_m, listed, m, None, exponent_scale, CHANNELS, BLOCK_E, CHUNK, PRECISION,
         )  # fmt: skip
     for first in tl.range(full, count, BLOCK_M, num_stages=1):  # what is left over
         m = first + tl.arange(0, BLOCK_M)
         dq = query_tile(
-            q, query, offsets, do, grad_out, grad_offsets, inside, dq, start, weight, delta,
+            q, query, offsets, do, grad_out, grad_offsets, inside, dq, start, delta,
             key, value, k_m, v_m, listed, m, m < count, exponent_scale, CHANNELS, BLOCK_E, CHUNK, PRECISION,
         )  # fmt: skip
-    return dq
+    return dq * tl.where(count > 0, weight, 0.0)[:, None]  # without prototypes that is infinite
 
 
 @triton.jit
@@ -64,16 +66,39 @@ def read_sums(reference, total, at, inside):
 
 
 @triton.jit
+def store_sums(sums, place, start, weight, delta, inside):
+    """Of tokens: what their exponents start from, their weight (the gate's, over the sum of exponentials) and delta, in
+    one place with room for a fourth number. Three arrays would take the pass over prototypes several times as many
+    instructions as its products do: each thread reads what belongs to its elements of a tile, one by one."""
+    tl.store(sums + 4 * place, start, mask=inside)
+    tl.store(sums + 4 * place + 1, weight, mask=inside)
+    tl.store(sums + 4 * place + 2, delta, mask=inside)
+
+
+@triton.jit
+def load_sums(sums, place, inside, BLOCK_T: tl.constexpr):
+    at = sums + 4 * place[:, None] + tl.arange(0, 4)[None, :]
+    if inside is None:
+        four = tl.load(at)
+    else:
+        four = tl.load(at, mask=inside[:, None], other=0.0)
+    even, odd = tl.split(four.reshape(BLOCK_T, 2, 2))
+    start, delta = tl.split(even)
+    weight, _ = tl.split(odd)
+    return start, weight, delta
+
+
+@triton.jit
 def query_gradient_kernel(
     grad_out, query, local_key, local_value, global_key, global_value, gate, lists, counts,
-    out, difference, reference, total, grad_query, grad_gate, weights, deltas,
+    out, difference, reference, total, grad_query, grad_gate, sums,
     d_b, d_h, d_n, q_b, q_h, q_n, lk_b, lk_h, lk_m, lv_b, lv_h, lv_m, gk_b, gk_h, gk_m, gv_b, gv_h, gv_m, o_b, o_h, o_n,
     batch, heads, tokens, local_count, global_count, scale, exponent_scale,
     CHANNELS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr,
     FOLDED: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Also writes, for the pass over prototypes, each softmax's weight (the gate's, over the sum of exponentials) and
-    delta (S, B, H, N) float32. out, difference and grad_query have the same strides."""
+    """Also writes, for the pass over prototypes, each softmax's `sums` (S, H, B, N, 4) float32. out, difference and
+    grad_query have the same strides."""
     scale, exponent_scale = (
         tl.cast(scale, tl.float32),
         tl.cast(exponent_scale, tl.float32),
@@ -117,45 +142,89 @@ def query_gradient_kernel(
         global_delta = delta + (1.0 - g) * slope
         delta -= g * slope
         weight *= 1.0 - g
-    tl.store(weights + flat, weight, mask=inside)
-    tl.store(deltas + flat, delta, mask=inside)
+    place = (head * batch + image) * tokens + n
+    store_sums(sums, place, start, weight, delta, inside)
 
-    dq = tl.zeros([BLOCK_T, BLOCK_E], tl.float32)
     dq = query_gradient_of(
-        q, query, offsets, do, grad_out, grad_offsets, inside, dq, start, weight, delta,
+        q, query, offsets, do, grad_out, grad_offsets, inside, start, weight, delta,
         local_key, local_value, lk_m, lv_m, listed, local_count, exponent_scale,
-        CHANNELS, BLOCK_E, BLOCK_M, CHUNK, PRECISION,
+        CHANNELS, BLOCK_E, BLOCK_T, BLOCK_M, CHUNK, PRECISION,
     )  # fmt: skip
     if gate is not None:
-        flat += (tl.zeros([], tl.int64) + batch) * heads * tokens  # of the second softmax
-        start, weight = read_sums(reference, total, flat, inside)
+        second = (tl.zeros([], tl.int64) + batch) * heads * tokens  # softmax
+        start, weight = read_sums(reference, total, flat + second, inside)
         weight *= g
         delta = global_delta
-        tl.store(weights + flat, weight, mask=inside)
-        tl.store(deltas + flat, delta, mask=inside)
+        store_sums(sums, place + second, start, weight, delta, inside)
     if global_key is not None:
-        dq = query_gradient_of(
-            q, query, offsets, do, grad_out, grad_offsets, inside, dq, start, weight, delta,
+        dq += query_gradient_of(
+            q, query, offsets, do, grad_out, grad_offsets, inside, start, weight, delta,
             global_key, global_value, gk_m, gv_m, None, global_count, exponent_scale,
-            CHANNELS, BLOCK_E, BLOCK_M, CHUNK, PRECISION,
+            CHANNELS, BLOCK_E, BLOCK_T, BLOCK_M, CHUNK, PRECISION,
         )  # fmt: skip
     store_rows(grad_query, out_rows, dq * scale, inside, CHANNELS, BLOCK_E)
 
 
 @triton.jit
+def row_offsets(image, n, steps, ahead, tokens, per_image, per_token):
+    """Of the tokens at `steps` from the image's n-th on, which are in images `ahead` of it (None: in itself)."""
+    start = tl.cast(image, tl.int64) * per_image + tl.cast(n, tl.int64) * per_token
+    offsets = start + steps.to(tl.int64) * per_token
+    if ahead is None:
+        return offsets
+    else:
+        return offsets + ahead * (per_image - tl.cast(tokens, tl.int64) * per_token)
+
+
+@triton.jit
+def bank_tile(
+    k, key, key_offsets, v, value, value_offsets, present, used, dk, dv,
+    query, grad_out, sums, image, t0, steps, inside, place, exponent_scale,
+    tokens, q_b, q_n, d_b, d_n,
+    CHANNELS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_T: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
+    FOLDED: tl.constexpr, LONG: tl.constexpr,
+):  # fmt: skip
+    """Adds what the tokens of a sequence from t0 on give to the gradients of keys, but for the scale, and of values.
+    inside: which of the tokens are there; None: all."""
+    n, ahead = t0, None
+    if FOLDED:  # vectors of quotients take longer than the products
+        image = t0 // tokens
+        n = t0 - image * tokens
+        ahead = tl.where(n + steps >= tokens, 1, 0) if LONG else (n + steps) // tokens
+    offsets = row_offsets(image, n, steps, ahead, tokens, q_b, q_n)
+    grad_offsets = row_offsets(image, n, steps, ahead, tokens, d_b, d_n)
+    q = load_rows(query, offsets, inside, CHANNELS, BLOCK_E)
+    do = load_rows(grad_out, grad_offsets, inside, CHANNELS, BLOCK_E)
+    start, weight, delta = load_sums(sums, place + t0 + steps, inside, BLOCK_T)
+    scores = dot_rows(k, key, key_offsets, present, q, query, offsets, inside, CHANNELS, BLOCK_E, CHUNK, PRECISION)
+    p = tl.exp2(scores * exponent_scale - start[None, :]) * weight[None, :]
+    if used is not None:
+        p = tl.where(used[:, None], p, 0.0)
+    dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
+    slopes = dot_rows(
+        v, value, value_offsets, present, do, grad_out, grad_offsets, inside, CHANNELS, BLOCK_E, CHUNK, PRECISION
+    )
+    ds = p * (slopes - delta[None, :])
+    if used is not None:
+        ds = tl.where(used[:, None], ds, 0.0)
+    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+    return dk, dv
+
+
+@triton.jit
 def bank_gradient_kernel(
-    grad_out, query, key, value, lists, counts, mask, reference, weights, deltas, grad_key, grad_value,
+    grad_out, query, key, value, lists, counts, mask, sums, grad_key, grad_value,
     d_b, d_h, d_n, q_b, q_h, q_n, k_b, k_h, k_m, v_b, v_h, v_m, g_b, g_h, g_m, g_part,
     batch, heads, tokens, count, parts, scale, exponent_scale,
     CHANNELS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr,
-    SHARED: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
+    SHARED: tl.constexpr, LONG: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one bank. A program owns a tile of prototypes, those of one head (of one image where the bank isn't
     shared), and takes a part of the tokens.
 
     lists, counts: which prototypes have gradients: for each image, or, SHARED, for all of them together; then
     mask (B, M) says which of these an image uses. None: all. grad_key and grad_value have the same strides; with
-    several parts, these are to be added up.
+    several parts, these are to be added up. LONG: an image has at least BLOCK_T tokens.
     """
     scale, exponent_scale = tl.cast(scale, tl.float32), tl.cast(exponent_scale, tl.float32)
     tiles = tl.cdiv(count, BLOCK_M)
@@ -179,6 +248,8 @@ def bank_gradient_kernel(
     value += first_image * v_b + head * v_h
     k = load_rows(key, rows * k_m, present, CHANNELS, BLOCK_E)
     v = load_rows(value, rows * v_m, present, CHANNELS, BLOCK_E)
+    query += head * q_h
+    grad_out += head * d_h
 
     # One sequence: all images' tokens, one image's, or, where images use different prototypes, one for each image.
     FOLDED: tl.constexpr = SHARED and mask is None
@@ -186,41 +257,29 @@ def bank_gradient_kernel(
     blocks = tl.cdiv(sequence, BLOCK_T)
     begin = blocks * part // parts * BLOCK_T
     end = tl.minimum(blocks * (part + 1) // parts * BLOCK_T, sequence)
+    steps = tl.arange(0, BLOCK_T)
     dk = tl.zeros([BLOCK_M, BLOCK_E], tl.float32)
     dv = tl.zeros([BLOCK_M, BLOCK_E], tl.float32)
     for i in range(batch if mask is not None else 1):
-        sequence_image = first_image + i
-        last = end
+        image = first_image + i
+        place = (head * batch + image) * tokens
+        last, used = end, None
         if mask is not None:
-            used = tl.load(mask + sequence_image * width + rows, mask=present, other=0) != 0
+            used = tl.load(mask + image * width + rows, mask=present, other=0) != 0
             last = tl.where(tl.max(used.to(tl.int32)) != 0, end, begin)  # nothing to do where none of them is used
-        for t0 in tl.range(begin, last, BLOCK_T):
-            t = t0 + tl.arange(0, BLOCK_T)
-            inside = t < end
-            image, n = locate(t, tokens, sequence_image, FOLDED)
-            offsets = image * q_b + head * q_h + n * q_n
-            grad_offsets = image * d_b + head * d_h + n * d_n
-            q = load_rows(query, offsets, inside, CHANNELS, BLOCK_E)
-            do = load_rows(grad_out, grad_offsets, inside, CHANNELS, BLOCK_E)
-            flat = (image * heads + head) * tokens + n
-            start = tl.load(reference + flat, mask=inside, other=0.0)
-            start = tl.where(start == float("-inf"), 0.0, start)
-            weight = tl.load(weights + flat, mask=inside, other=0.0)
-            delta = tl.load(deltas + flat, mask=inside, other=0.0)
-            scores = dot_rows(
-                k, key, rows * k_m, present, q, query, offsets, inside, CHANNELS, BLOCK_E, CHUNK, PRECISION
-            )
-            p = tl.exp2(scores * exponent_scale - start[None, :]) * weight[None, :]
-            if mask is not None:
-                p = tl.where(used[:, None], p, 0.0)
-            dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
-            slopes = dot_rows(
-                v, value, rows * v_m, present, do, grad_out, grad_offsets, inside, CHANNELS, BLOCK_E, CHUNK, PRECISION
-            )
-            ds = p * (slopes - delta[None, :])
-            if mask is not None:
-                ds = tl.where(used[:, None], ds, 0.0)
-            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+        full = begin + (last - begin) // BLOCK_T * BLOCK_T
+        for t0 in tl.range(begin, full, BLOCK_T):
+            dk, dv = bank_tile(
+                k, key, rows * k_m, v, value, rows * v_m, present, used, dk, dv,
+                query, grad_out, sums, image, t0, steps, None, place, exponent_scale,
+                tokens, q_b, q_n, d_b, d_n, CHANNELS, BLOCK_E, BLOCK_T, CHUNK, PRECISION, FOLDED, LONG,
+            )  # fmt: skip
+        for t0 in tl.range(full, last, BLOCK_T, num_stages=1):  # what is left over
+            dk, dv = bank_tile(
+                k, key, rows * k_m, v, value, rows * v_m, present, used, dk, dv,
+                query, grad_out, sums, image, t0, steps, t0 + steps < last, place, exponent_scale,
+                tokens, q_b, q_n, d_b, d_n, CHANNELS, BLOCK_E, BLOCK_T, CHUNK, PRECISION, FOLDED, LONG,
+            )  # fmt: skip
     at = first_image * g_b + head * g_h + rows * g_m + part.to(tl.int64) * g_part
     store_rows(grad_key, at, dk * scale, present, CHANNELS, BLOCK_E)
     store_rows(grad_value, at, dv, present, CHANNELS, BLOCK_E)
