@@ -54,23 +54,24 @@ def pick_tiles(arch: str, itemsize: int, block_e: int, two_softmaxes: bool, plai
         if arch == "sm_80" and block_e != 32:
             forward = Tile(128, 32, 8, 2) if block_e == 16 else Tile(32, 32, 4, 2)
         if block_e == 32:  # larger ones spill, though not of 16 or 64 channels
-            return Tiles(forward, Tile(16, 32, 4, 1), Tile(16, 32, 4, 1))
+            return Tiles(forward, Tile(16, 32, 4, 2 if arch == "sm_80" else 1), Tile(16, 32, 4, 1))
         bank_gradient = Tile(32, 32, 4 if arch.startswith("gfx") else 8, 1)
         return Tiles(forward, Tile(32, 32, 8 if block_e == 64 else 4, 1), bank_gradient)
     if arch == "sm_80" and block_e > 16:  # without Hopper's products of four warps, larger ones spill
         if block_e <= 64:
-            return Tiles(Tile(128, 64, block_e // 8, 3), Tile(64, 32, 4, 2), Tile(32, 32, 4, 2))
+            return Tiles(Tile(128, 64, block_e // 8, 3), Tile(64, 32, 8 if block_e == 64 else 4, 2), Tile(32, 32, 4, 2))
         if block_e == 128:
             return Tiles(Tile(64, 64, 8, 3), Tile(64, 64, 8, 2), Tile(32, 32, 8, 2))
         return Tiles(Tile(32, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 16, 8, 2))
     if arch.startswith("gfx"):  # larger ones spill
         return Tiles(Tile(64, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1))
     if block_e <= 64:
-        bank_gradient = Tile(64, 64, 4, 3) if plain else Tile(64, 32, 4, 2)
+        bank_gradient = Tile(64, 64, 4, 3) if plain else Tile(64 if block_e == 64 else 32, 32, 4, 2)
         return Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), bank_gradient)
     if block_e == 128:
-        return Tiles(Tile(128, 64, 8, 3), Tile(64, 64, 4, 2), Tile(32, 64, 8, 2))
-    return Tiles(Tile(32 if two_softmaxes else 64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 2))
+        bank_gradient = Tile(32, 64, 8, 2) if plain else Tile(64, 32, 8, 2)
+        return Tiles(Tile(128, 64, 8, 3), Tile(64, 64, 4, 2), bank_gradient)
+    return Tiles(Tile(32 if two_softmaxes else 64, 32, 8, 2), Tile(32, 32, 4, 2), Tile(32, 32, 8, 2))
 
 
 def pick_precision(arch: str) -> str:
@@ -79,9 +80,11 @@ def pick_precision(arch: str) -> str:
     return "ieee" if arch.startswith("gfx") else "bf16x6"
 
 
-def pick_chunk(itemsize: int, block_e: int) -> int:
+def pick_chunk(arch: str, itemsize: int, block_e: int) -> int:
     """Channels at a time in products of tokens and prototypes: more of float32 spill, in wide heads."""
-    return 32 if itemsize == 4 and block_e > 64 else block_e
+    if itemsize == 4 and block_e > 64:
+        return 16 if arch == "sm_80" and block_e == 256 else 32
+    return block_e
 
 
 class Problem(NamedTuple):
@@ -111,7 +114,7 @@ def _problem(query, local_key, global_key, gate, groups) -> Problem:
         "ieee" if query.device.type == "cpu" else pick_precision(arch),  # the interpreter knows no other
         pick_tiles(arch, query.element_size(), block_e, gate is not None, folded and n_tokens >= _LONG),
         block_e,
-        pick_chunk(query.element_size(), block_e),
+        pick_chunk(arch, query.element_size(), block_e),
         folded,
         (batch, heads, n_tokens, local_key.shape[-2], 0 if global_key is None else global_key.shape[-2]),
     )
@@ -344,7 +347,7 @@ def _variant(
     signature |= {name: "fp32" if name.endswith("scale") else "i32" for name in numbers}
     constants = dict.fromkeys(sorted(absent.intersection(names)))
     constants |= {"CHANNELS": block_e, "BLOCK_E": block_e, "BLOCK_T": tile.tokens, "BLOCK_M": tile.prototypes}
-    chunk = pick_chunk(4 if dtype == "*fp32" else 2, block_e)
+    chunk = pick_chunk(arch, 4 if dtype == "*fp32" else 2, block_e)
     constants |= flags | {"CHUNK": chunk, "PRECISION": pick_precision(arch)}
     divisible = tuple(name for name in numbers if name[-2:] in ("_b", "_h", "_n", "_m"))
     return Variant(kernel, signature, constants, tile.num_warps, tile.num_stages, divisible)

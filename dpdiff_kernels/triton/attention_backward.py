@@ -14,7 +14,7 @@ from dpdiff_kernels.triton.attention_forward import dot_rows, load_rows, locate,
 
 @triton.jit
 def query_tile(
-    q, query, offsets, do, grad_out, grad_offsets, inside, dq, start, delta,
+    q, query, offsets, do, grad_out, grad_offsets, inside, dq, start, weight, delta,
     key, value, k_m, v_m, listed, m, present, exponent_scale,
     CHANNELS: tl.constexpr, BLOCK_E: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -23,6 +23,8 @@ def query_tile(
     v = load_rows(value, rows * v_m, present, CHANNELS, BLOCK_E)
     scores = dot_rows(q, query, offsets, inside, k, key, rows * k_m, present, CHANNELS, BLOCK_E, CHUNK, PRECISION)
     p = tl.exp2(scores * exponent_scale - start[:, None])
+    if weight is not None:
+        p *= weight[:, None]
     slopes = dot_rows(
         do, grad_out, grad_offsets, inside, v, value, rows * v_m, present, CHANNELS, BLOCK_E, CHUNK, PRECISION
     )
@@ -34,27 +36,26 @@ def query_tile(
 
 @triton.jit
 def query_gradient_of(
-    q, query, offsets, do, grad_out, grad_offsets, inside, start, weight, delta,
+    q, query, offsets, do, grad_out, grad_offsets, inside, dq, start, weight, delta,
     key, value, k_m, v_m, listed, count, exponent_scale,
-    CHANNELS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr,
-    CHUNK: tl.constexpr, PRECISION: tl.constexpr,
+    CHANNELS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What a bank of `count` prototypes gives to the gradient of the queries, but for the scale."""
-    dq = tl.zeros([BLOCK_T, BLOCK_E], tl.float32)
+    """Adds what a bank of `count` prototypes gives to the gradient of the queries, but for the scale and, where it is
+    None, the weight."""
     full = count // BLOCK_M * BLOCK_M
     for first in tl.range(0, full, BLOCK_M):
         m = first + tl.arange(0, BLOCK_M)
         dq = query_tile(
-            q, query, offsets, do, grad_out, grad_offsets, inside, dq, start, delta,
+            q, query, offsets, do, grad_out, grad_offsets, inside, dq, start, weight, delta,
             key, value, k_m, v_m, listed, m, None, exponent_scale, CHANNELS, BLOCK_E, CHUNK, PRECISION,
         )  # fmt: skip
     for first in tl.range(full, count, BLOCK_M, num_stages=1):  # what is left over
         m = first + tl.arange(0, BLOCK_M)
         dq = query_tile(
-            q, query, offsets, do, grad_out, grad_offsets, inside, dq, start, delta,
+            q, query, offsets, do, grad_out, grad_offsets, inside, dq, start, weight, delta,
             key, value, k_m, v_m, listed, m, m < count, exponent_scale, CHANNELS, BLOCK_E, CHUNK, PRECISION,
         )  # fmt: skip
-    return dq * tl.where(count > 0, weight, 0.0)[:, None]  # without prototypes that is infinite
+    return dq
 
 
 @triton.jit
@@ -145,23 +146,28 @@ def query_gradient_kernel(
     place = (head * batch + image) * tokens + n
     store_sums(sums, place, start, weight, delta, inside)
 
+    of_bank = None if gate is None else weight  # one softmax has one weight, for the sum
+    dq = tl.zeros([BLOCK_T, BLOCK_E], tl.float32)
     dq = query_gradient_of(
-        q, query, offsets, do, grad_out, grad_offsets, inside, start, weight, delta,
+        q, query, offsets, do, grad_out, grad_offsets, inside, dq, start, of_bank, delta,
         local_key, local_value, lk_m, lv_m, listed, local_count, exponent_scale,
-        CHANNELS, BLOCK_E, BLOCK_T, BLOCK_M, CHUNK, PRECISION,
+        CHANNELS, BLOCK_E, BLOCK_M, CHUNK, PRECISION,
     )  # fmt: skip
     if gate is not None:
         second = (tl.zeros([], tl.int64) + batch) * heads * tokens  # softmax
         start, weight = read_sums(reference, total, flat + second, inside)
         weight *= g
+        of_bank = weight
         delta = global_delta
         store_sums(sums, place + second, start, weight, delta, inside)
     if global_key is not None:
-        dq += query_gradient_of(
-            q, query, offsets, do, grad_out, grad_offsets, inside, start, weight, delta,
+        dq = query_gradient_of(
+            q, query, offsets, do, grad_out, grad_offsets, inside, dq, start, of_bank, delta,
             global_key, global_value, gk_m, gv_m, None, global_count, exponent_scale,
-            CHANNELS, BLOCK_E, BLOCK_T, BLOCK_M, CHUNK, PRECISION,
+            CHANNELS, BLOCK_E, BLOCK_M, CHUNK, PRECISION,
         )  # fmt: skip
+    if gate is None:
+        dq *= weight[:, None]
     store_rows(grad_query, out_rows, dq * scale, inside, CHANNELS, BLOCK_E)
 
 
@@ -267,14 +273,16 @@ def bank_gradient_kernel(
         if mask is not None:
             used = tl.load(mask + image * width + rows, mask=present, other=0) != 0
             last = tl.where(tl.max(used.to(tl.int32)) != 0, end, begin)  # nothing to do where none of them is used
-        full = begin + (last - begin) // BLOCK_T * BLOCK_T
-        for t0 in tl.range(begin, full, BLOCK_T):
-            dk, dv = bank_tile(
-                k, key, rows * k_m, v, value, rows * v_m, present, used, dk, dv,
-                query, grad_out, sums, image, t0, steps, None, place, exponent_scale,
-                tokens, q_b, q_n, d_b, d_n, CHANNELS, BLOCK_E, BLOCK_T, CHUNK, PRECISION, FOLDED, LONG,
-            )  # fmt: skip
-        for t0 in tl.range(full, last, BLOCK_T, num_stages=1):  # what is left over
+        full = begin
+        if FOLDED:  # else the two loops spill
+            full += (last - begin) // BLOCK_T * BLOCK_T
+            for t0 in tl.range(begin, full, BLOCK_T):
+                dk, dv = bank_tile(
+                    k, key, rows * k_m, v, value, rows * v_m, present, used, dk, dv,
+                    query, grad_out, sums, image, t0, steps, None, place, exponent_scale,
+                    tokens, q_b, q_n, d_b, d_n, CHANNELS, BLOCK_E, BLOCK_T, CHUNK, PRECISION, FOLDED, LONG,
+                )  # fmt: skip
+        for t0 in tl.range(full, last, BLOCK_T, num_stages=1 if FOLDED else None):  # what is left over
             dk, dv = bank_tile(
                 k, key, rows * k_m, v, value, rows * v_m, present, used, dk, dv,
                 query, grad_out, sums, image, t0, steps, t0 + steps < last, place, exponent_scale,
