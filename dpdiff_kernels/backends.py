@@ -45,7 +45,8 @@ def _load_library() -> Backend:
     return Backend(True, f"{libraries[0].name}, {torch.ops.dpdiff.cpu_capability()} instructions")
 
 
-def _find_triton() -> Backend:  # without a CUDA context, which would outlast the import and keep processes from forking
+# At import: without a CUDA context, with which processes can't be forked.
+def _find_triton() -> Backend:
     if not _INTERPRETED and not torch.cuda.is_available():
         return Backend(False, "torch sees no CUDA device")
     try:
