@@ -1,7 +1,7 @@
 """Operators of torch.library get their fake kernels and gradients, and are called.
 
-Those of Triton are called without torch.library where nobody but autograd has to see the call: its layers of Python
-take longer than the kernels of small inputs.
+Where nobody but autograd has to see the call, torch.library is passed by: its layers of Python take longer than small
+problems, or the kernels of large ones on a GPU.
 """
 
 from collections.abc import Callable
@@ -30,11 +30,19 @@ def register(
         torch.library.register_autograd(name, backward, setup_context=setup_context)
     namespace, operator = name.split("::")
     operator = getattr(getattr(torch.ops, namespace), operator).default
-    return operator if function is None else _Direct(operator, function, backward, setup_context)
+    return _Operator(operator, function or _below_autograd(operator), backward, setup_context)
 
 
-class _Direct:
-    """Calls the operator's function itself, with its gradient, or the operator where it has to be seen."""
+def _below_autograd(operator: Callable) -> Callable:
+    def call(*arguments: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(*arguments)
+
+    return call
+
+
+class _Operator:
+    """Calls the function, with its gradient, or the operator where it has to be seen."""
 
     def __init__(
         self, operator: Callable, function: Callable, backward: Callable | None, setup_context: Callable | None
@@ -49,7 +57,7 @@ class _Direct:
                 return output
 
             parts = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-            self.differentiable = type(function.__name__, (torch.autograd.Function,), parts).apply
+            self.differentiable = type(str(operator), (torch.autograd.Function,), parts).apply
 
     def __call__(self, *arguments: Any) -> Any:
         if observed(arguments):
