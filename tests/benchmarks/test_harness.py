@@ -114,7 +114,9 @@ def test_an_interrupted_run_keeps_what_it_has(tmp_path):
     os.killpg(process.pid, signal.SIGINT)
     told = process.communicate(timeout=60)[0]
     assert process.returncode == 2 and "KeyboardInterrupt" in told
-    assert {case["case"] for case in json.loads((tmp_path / "found.json").read_text())["cases"]} >= {"0.01 s", "0.02 s"}
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert {case["case"] for case in found["cases"]} >= {"0.01 s", "0.02 s"}
+    assert found["skipped"]["the cases that follow"] == "the run was interrupted"
 
 
 def test_with_benchmarks_disabled_everything_runs_and_nothing_is_timed(tmp_path):
