@@ -54,18 +54,39 @@ def _points(x, rows, inside, start, dim, CHUNK: tl.constexpr):
 
 
 @triton.jit
+def _halves(x):
+    """What TF32 holds of x, and the rest."""
+    high = (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+    return high, x - high
+
+
+@triton.jit
+def _add_products(p, q, total, PRECISION: tl.constexpr):
+    """total + p q^T, on tensor cores as three products of TF32, which Triton's own tf32x3 looks through for NaN, and
+    adds up beside them: points are finite."""
+    if PRECISION == "tf32x3":
+        p_high, p_low = _halves(p)
+        q_high, q_low = _halves(tl.trans(q))
+        total = tl.dot(p_low, q_high, total, input_precision="tf32")
+        total = tl.dot(p_high, q_low, total, input_precision="tf32")
+        return tl.dot(p_high, q_high, total, input_precision="tf32")
+    else:
+        return tl.dot(p, tl.trans(q), total, input_precision=PRECISION)
+
+
+@triton.jit
 def _products(
     x, y, i, j, in_i, in_j, first, dim,
     OUT: tl.constexpr, REDUCED: tl.constexpr, CHUNK: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Inner products of points i of x, whose coordinates are in `first` where the chunk is all of them, with j of y."""
+    total = tl.zeros((OUT, REDUCED), tl.float32)
     if WHOLE:
-        return tl.dot(first, tl.trans(_points(y, j, in_j, 0, dim, CHUNK)), input_precision=PRECISION)
+        return _add_products(first, _points(y, j, in_j, 0, dim, CHUNK), total, PRECISION)
     else:
-        total = tl.zeros((OUT, REDUCED), tl.float32)
         for start in range(0, dim, CHUNK):
             p, q = _points(x, i, in_i, start, dim, CHUNK), _points(y, j, in_j, start, dim, CHUNK)
-            total = tl.dot(p, tl.trans(q), total, input_precision=PRECISION)
+            total = _add_products(p, q, total, PRECISION)
         return total
 
 
