@@ -73,7 +73,8 @@ def pick_tiles(arch: str, itemsize: int, block_e: int, two_softmaxes: bool, plai
     if block_e == 128:
         bank_gradient = Tile(32, 64, 8, 2) if plain else Tile(64, 32, 8, 2)
         return Tiles(Tile(128, 64, 8, 3), Tile(64, 64, 4, 2), bank_gradient)
-    return Tiles(Tile(32 if two_softmaxes else 64, 32, 8, 2), Tile(32, 32, 4, 2), Tile(32, 32, 8, 2))
+    query_gradient = Tile(32, 32, 8 if two_softmaxes else 4, 2)
+    return Tiles(Tile(32 if two_softmaxes else 64, 32, 8, 2), query_gradient, Tile(32, 32, 8, 2))
 
 
 def pick_precision(arch: str) -> str:
