@@ -121,7 +121,9 @@ def _caches() -> str:
 def save(results: dict, path: str | os.PathLike) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")  # a file that is there stays whole until this one is
+    # A file that is there stays whole until this one is. Not by dpdiff's own helper: importing the package takes all
+    # that its models need, which benchmarks of operators do without.
+    part = path.with_name(f".{path.name}.part")
     part.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     part.replace(path)
 

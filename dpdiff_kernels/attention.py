@@ -209,15 +209,10 @@ def _no_second_backward(ctx, *grads):
     raise RuntimeError("prototype_attention has no second derivative: pass backend='reference'")
 
 
-def _register(namespace: str, functions: Any = None) -> Callable:
-    """The operator, with its fake kernel and gradient; functions: where those are that it runs, if it is Python's."""
-    own = functions is not None
-    run_backward = register(
-        f"{namespace}::prototype_attention_backward",
-        _fake_backward,
-        _no_second_backward,
-        function=functions.prototype_attention_backward if own else None,
-    )
+def _register(namespace: str, *modules: Any) -> Callable:
+    """The operator, with its fake kernel and gradient; modules: as for `register`."""
+    name = f"{namespace}::prototype_attention"
+    run_backward = register(f"{name}_backward", _fake_backward, _no_second_backward, None, *modules)
 
     def backward(ctx, grad_out, *_):
         if grad_out is None:
@@ -226,8 +221,7 @@ def _register(namespace: str, functions: Any = None) -> Callable:
         grads = run_backward(grad_out, *tensors, ctx.scale, groups, active_groups, out, reference, total, difference)
         return *(None if t is None else grad for t, grad in zip(tensors, grads)), None, None, None, None
 
-    function = functions.prototype_attention if own else None
-    return register(f"{namespace}::prototype_attention", _fake, backward, _save, function)
+    return register(name, _fake, backward, _save, *modules)
 
 
 _OPERATORS: dict[str, Callable] = {}

@@ -264,12 +264,11 @@ def _register_fakes() -> None:
         return tuple(tokens.new_empty(shape, dtype=torch.float32) for shape in ((k,), (k, d), ()))
 
 
-def _register(namespace: str, functions: Any = None) -> dict[str, Callable]:
-    """The operators by name, with their gradients; functions: where those are that they run, if they are Python's."""
+def _register(namespace: str, *modules: Any) -> dict[str, Callable]:
+    """The operators by name, with their gradients; modules: as for `register`."""
 
     def operator(name: str, backward: Callable | None = None, setup_context: Callable | None = None) -> Callable:
-        function = None if functions is None else getattr(functions, name)
-        return register(f"{namespace}::{name}", None, backward, setup_context, function)
+        return register(f"{namespace}::{name}", None, backward, setup_context, *modules)
 
     def save(ctx, inputs, indices, scores, weights, metric, temperature):
         ctx.save_for_backward(*inputs[:2], indices, scores, weights)

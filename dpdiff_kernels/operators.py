@@ -17,18 +17,19 @@ def register(
     fake: Callable | None = None,
     backward: Callable | None = None,
     setup_context: Callable | None = None,
-    function: Callable | None = None,
+    *modules: Any,
 ) -> Callable:
     """Registers what is given for the operator `name`, "namespace::operator", and returns what calls it.
 
     fake, backward, setup_context: as for `torch.library.register_fake` and `register_autograd`.
-    function: the Python function that the operator runs, if it is one.
+    modules: one of them has the function that the operator runs, under its name, if that is Python's.
     """
     if fake is not None:
         torch.library.register_fake(name, fake)
     if backward is not None:
         torch.library.register_autograd(name, backward, setup_context=setup_context)
     namespace, operator = name.split("::")
+    function = next((getattr(module, operator) for module in modules if hasattr(module, operator)), None)
     operator = getattr(getattr(torch.ops, namespace), operator).default
     return _Operator(operator, function or _below_autograd(operator), backward, setup_context)
 

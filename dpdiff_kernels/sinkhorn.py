@@ -246,10 +246,10 @@ def sinkhorn_points(
 
 def _implemented(n: int, m: int) -> tuple[str, ...]:
     """The backends of `sinkhorn`, the fastest first: CUDA C++ where a cluster's shared memory holds the costs."""
-    if m > 4096:
+    if m > 4096:  # which CUDA C++ doesn't take
         return "triton", "cpp", "reference"
-    held = m <= 512 and n * m <= 400_000
-    return "cuda" if held else "triton", "triton" if held else "cuda", "cpp", "reference"
+    on_gpus = ("cuda", "triton") if m <= 512 and n * m <= 400_000 else ("triton", "cuda")
+    return *on_gpus, "cpp", "reference"
 
 
 def _check_options(eps: float, n_iters: int, tol: float | None, tau_a: float | None, tau_b: float | None) -> None:
@@ -322,8 +322,7 @@ def _not_twice(ctx, *grads):
 
 
 def _register(namespace: str, *modules: Any) -> SimpleNamespace:
-    """The operators of `namespace`, with their fake kernels and gradients; modules: where the functions are that they
-    run, if these are Python's."""
+    """The operators of `namespace`, with their fake kernels and gradients; modules: as for `register`."""
     ops = SimpleNamespace()
 
     def save(ctx, inputs, output):
@@ -387,8 +386,7 @@ def _register(namespace: str, *modules: Any) -> SimpleNamespace:
         ("sinkhorn_points_backward", lambda x, y, a, b, *_: _like(x, y, a, b), _not_twice, None),
         ("sinkhorn_apply_backward", lambda _, x, y, h_x, h_y, *__: _like(x, y, h_x, h_y), _not_twice, None),
     ):
-        function = next((getattr(module, name) for module in modules if hasattr(module, name)), None)
-        setattr(ops, name, register(f"{namespace}::{name}", fake, formula, setup, function))
+        setattr(ops, name, register(f"{namespace}::{name}", fake, formula, setup, *modules))
     return ops
 
 

@@ -100,10 +100,8 @@ def query_gradient_kernel(
 ):  # fmt: skip
     """Also writes, for the pass over prototypes, each softmax's `sums` (S, H, B, N, 4) float32. out, difference and
     grad_query have the same strides."""
-    scale, exponent_scale = (
-        tl.cast(scale, tl.float32),
-        tl.cast(exponent_scale, tl.float32),
-    )  # torch.compile passes float64
+    # torch.compile passes them in float64
+    scale, exponent_scale = tl.cast(scale, tl.float32), tl.cast(exponent_scale, tl.float32)
     sequence = tokens * batch if FOLDED else tokens
     tiles = tl.cdiv(sequence, BLOCK_T)
     instance = tl.program_id(0) // tiles
@@ -154,7 +152,7 @@ def query_gradient_kernel(
         CHANNELS, BLOCK_E, BLOCK_M, CHUNK, PRECISION,
     )  # fmt: skip
     if gate is not None:
-        second = (tl.zeros([], tl.int64) + batch) * heads * tokens  # softmax
+        second = (tl.zeros([], tl.int64) + batch) * heads * tokens  # to the second softmax
         start, weight = read_sums(reference, total, flat + second, inside)
         weight *= g
         of_bank = weight

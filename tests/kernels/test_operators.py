@@ -1,5 +1,7 @@
 """Operators called directly, and through torch.library where something has to see them."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor
@@ -29,7 +31,7 @@ def fake(x, factor):
     return torch.empty_like(x), torch.empty_like(x)
 
 
-CUBE = register("dpdiff_test::cube", fake, backward, setup, cube)
+CUBE = register("dpdiff_test::cube", fake, backward, setup, SimpleNamespace(cube=cube))
 
 
 class Seen(TorchDispatchMode):
