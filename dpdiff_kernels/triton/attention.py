@@ -228,7 +228,7 @@ def prototype_attention_backward(
 
     query, grad_out = _rows(query), _rows(grad_out)
     reference, total = reference.contiguous(), total.contiguous()
-    sums = reference.new_empty(*reference.shape, 4)
+    sums = reference.new_empty(*reference.shape, 2)
     with on_device(query):
         mask = lists = counts = None
         if groups is not None:
@@ -267,7 +267,7 @@ def _bank_gradients(
     counts: Tensor | None,
     sums: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """mask, lists, counts: the routes of the bank's images. sums (H, B, N, 4): of its softmax."""
+    """mask, lists, counts: the routes of the bank's images. sums (H, B, N, 2): of its softmax."""
     batch, heads, n_tokens = problem.sizes[:3]
     shared, count, channels = key.dim() == 3, *key.shape[-2:]
     tile = problem.tiles.bank_gradient
@@ -288,11 +288,17 @@ def _bank_gradients(
         *(stride for t in (grad_out, query, key, value) for stride in _strides(t)),
         heads * count * channels, count * channels, channels, key.numel(),
         batch, heads, n_tokens, count, parts, scale, scale * _LOG2_E,
-        SHARED=shared, LONG=n_tokens >= tile.tokens, **_constants(problem, channels, tile),
+        SHARED=shared, NEAR=_near(tile.tokens, query, grad_out), **_constants(problem, channels, tile),
     )  # fmt: skip
     if parts > 1:
         grad_key, grad_value = grad_key.sum(0).to(key.dtype), grad_value.sum(0).to(value.dtype)
     return grad_key, grad_value
+
+
+def _near(tokens: int, *tensors: Tensor) -> bool:
+    """Whether as many tokens in a row are of two images at most, and offsets from the first fit 32 bits."""
+    farthest = max(abs(t.stride(0)) + (t.shape[2] + tokens) * abs(t.stride(2)) for t in tensors)
+    return tokens <= tensors[0].shape[2] and farthest < 2**31
 
 
 def _parts(device: torch.device, programs: int, blocks: int, elements: int) -> int:
@@ -314,19 +320,19 @@ def variants(arch: str) -> Iterator[Variant]:
                     for unwanted in (set(), {"reference", "total", "difference"}):  # without a backward pass
                         yield _variant(forward_kernel, arch, dtype, block_e, tiles.forward, unrouted | unwanted, folded)
                     yield _variant(query_gradient_kernel, arch, dtype, block_e, tiles.query_gradient, unrouted, folded)
-            for shared, absent, long in (
+            for shared, absent, near in (
                 (True, {"lists", "counts", "mask"}, True),
                 (True, {"lists", "counts", "mask"}, False),
                 (True, set(), True),
                 (False, {"lists", "counts", "mask"}, True),
                 (False, {"mask"}, True),
             ):
-                plain = shared and bool(absent) and long
+                plain = shared and bool(absent) and near
                 tile = pick_tiles(arch, itemsize, block_e, False, plain).bank_gradient
                 # Parts of a gradient, of which only shared banks without routes have several, are in float32.
                 for parts in sorted({dtype, "*fp32"} if shared and absent else {dtype}):
                     kinds = dict.fromkeys(("grad_key", "grad_value"), parts)
-                    flags = {"SHARED": shared, "LONG": long}
+                    flags = {"SHARED": shared, "NEAR": near}
                     yield _variant(bank_gradient_kernel, arch, dtype, block_e, tile, absent, flags, kinds)
 
 

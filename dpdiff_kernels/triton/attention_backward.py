@@ -68,25 +68,23 @@ def read_sums(reference, total, at, inside):
 
 @triton.jit
 def store_sums(sums, place, start, weight, delta, inside):
-    """Of tokens: what their exponents start from, their weight (the gate's, over the sum of exponentials) and delta, in
-    one place with room for a fourth number. Three arrays would take the pass over prototypes several times as many
-    instructions as its products do: each thread reads what belongs to its elements of a tile, one by one."""
-    tl.store(sums + 4 * place, start, mask=inside)
-    tl.store(sums + 4 * place + 1, weight, mask=inside)
-    tl.store(sums + 4 * place + 2, delta, mask=inside)
+    """Of tokens: what their exponents start from, where they give weights of all (the gate's, over the sum of
+    exponentials), and delta, in one place. Two arrays would take the pass over prototypes more instructions: each
+    thread reads what belongs to its elements of a tile, one by one."""
+    tl.store(sums + 2 * place, start - tl.log2(weight), mask=inside)
+    tl.store(sums + 2 * place + 1, delta, mask=inside)
 
 
 @triton.jit
-def load_sums(sums, place, inside, BLOCK_T: tl.constexpr):
-    at = sums + 4 * place[:, None] + tl.arange(0, 4)[None, :]
+def load_sums(sums, place, inside):
+    """Tokens that are not inside weigh nothing."""
+    both = tl.arange(0, 2)[None, :]
+    at = (sums + both) + 2 * place[:, None]
     if inside is None:
-        four = tl.load(at)
+        return tl.split(tl.load(at))
     else:
-        four = tl.load(at, mask=inside[:, None], other=0.0)
-    even, odd = tl.split(four.reshape(BLOCK_T, 2, 2))
-    start, delta = tl.split(even)
-    weight, _ = tl.split(odd)
-    return start, weight, delta
+        start, delta = tl.split(tl.load(at, mask=inside[:, None], other=0.0))
+        return tl.where(inside, start, float("inf")), delta
 
 
 @triton.jit
@@ -98,7 +96,7 @@ def query_gradient_kernel(
     CHANNELS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr,
     FOLDED: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Also writes, for the pass over prototypes, each softmax's `sums` (S, H, B, N, 4) float32. out, difference and
+    """Also writes, for the pass over prototypes, each softmax's `sums` (S, H, B, N, 2) float32. out, difference and
     grad_query have the same strides."""
     # torch.compile passes them in float64
     scale, exponent_scale = tl.cast(scale, tl.float32), tl.cast(exponent_scale, tl.float32)
@@ -170,14 +168,18 @@ def query_gradient_kernel(
 
 
 @triton.jit
-def row_offsets(image, n, steps, ahead, tokens, per_image, per_token):
-    """Of the tokens at `steps` from the image's n-th on, which are in images `ahead` of it (None: in itself)."""
-    start = tl.cast(image, tl.int64) * per_image + tl.cast(n, tl.int64) * per_token
-    offsets = start + steps.to(tl.int64) * per_token
+def token_rows(rows, image, n, steps, ahead, tokens, per_image, per_token, NEAR: tl.constexpr):
+    """Where the tokens are that follow the image's n-th by `steps`, and which are in images `ahead` of it (None: in
+    itself): the first, and their offsets from it. NEAR: these fit 32 bits, and ahead is 0 or 1."""
+    first = rows + tl.cast(image, tl.int64) * per_image + tl.cast(n, tl.int64) * per_token
     if ahead is None:
-        return offsets
+        return first, steps.to(tl.int64) * per_token
+    elif NEAR:
+        return first, steps * tl.cast(per_token, tl.int32) + tl.where(
+            ahead != 0, tl.cast(per_image - tl.cast(tokens, tl.int64) * per_token, tl.int32), 0
+        )
     else:
-        return offsets + ahead * (per_image - tl.cast(tokens, tl.int64) * per_token)
+        return first, steps.to(tl.int64) * per_token + ahead * (per_image - tl.cast(tokens, tl.int64) * per_token)
 
 
 @triton.jit
@@ -186,7 +188,7 @@ def bank_tile(
     query, grad_out, sums, image, t0, steps, inside, place, exponent_scale,
     tokens, q_b, q_n, d_b, d_n,
     CHANNELS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_T: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
-    FOLDED: tl.constexpr, LONG: tl.constexpr,
+    FOLDED: tl.constexpr, NEAR: tl.constexpr,
 ):  # fmt: skip
     """Adds what the tokens of a sequence from t0 on give to the gradients of keys, but for the scale, and of values.
     inside: which of the tokens are there; None: all."""
@@ -194,14 +196,14 @@ def bank_tile(
     if FOLDED:  # vectors of quotients take longer than the products
         image = t0 // tokens
         n = t0 - image * tokens
-        ahead = tl.where(n + steps >= tokens, 1, 0) if LONG else (n + steps) // tokens
-    offsets = row_offsets(image, n, steps, ahead, tokens, q_b, q_n)
-    grad_offsets = row_offsets(image, n, steps, ahead, tokens, d_b, d_n)
+        ahead = tl.where(n + steps >= tokens, 1, 0) if NEAR else (n + steps) // tokens
+    query, offsets = token_rows(query, image, n, steps, ahead, tokens, q_b, q_n, NEAR)
+    grad_out, grad_offsets = token_rows(grad_out, image, n, steps, ahead, tokens, d_b, d_n, NEAR)
     q = load_rows(query, offsets, inside, CHANNELS, BLOCK_E)
     do = load_rows(grad_out, grad_offsets, inside, CHANNELS, BLOCK_E)
-    start, weight, delta = load_sums(sums, place + t0 + steps, inside, BLOCK_T)
+    start, delta = load_sums(sums + 2 * (place + t0), steps, inside)
     scores = dot_rows(k, key, key_offsets, present, q, query, offsets, inside, CHANNELS, BLOCK_E, CHUNK, PRECISION)
-    p = tl.exp2(scores * exponent_scale - start[None, :]) * weight[None, :]
+    p = tl.exp2(scores * exponent_scale - start[None, :])
     if used is not None:
         p = tl.where(used[:, None], p, 0.0)
     dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
@@ -221,14 +223,15 @@ def bank_gradient_kernel(
     d_b, d_h, d_n, q_b, q_h, q_n, k_b, k_h, k_m, v_b, v_h, v_m, g_b, g_h, g_m, g_part,
     batch, heads, tokens, count, parts, scale, exponent_scale,
     CHANNELS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr,
-    SHARED: tl.constexpr, LONG: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
+    SHARED: tl.constexpr, NEAR: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one bank. A program owns a tile of prototypes, those of one head (of one image where the bank isn't
     shared), and takes a part of the tokens.
 
     lists, counts: which prototypes have gradients: for each image, or, SHARED, for all of them together; then
     mask (B, M) says which of these an image uses. None: all. grad_key and grad_value have the same strides; with
-    several parts, these are to be added up. LONG: an image has at least BLOCK_T tokens.
+    several parts, these are to be added up. NEAR: a tile's tokens are of two images at most, whose distance fits 32
+    bits.
     """
     scale, exponent_scale = tl.cast(scale, tl.float32), tl.cast(exponent_scale, tl.float32)
     tiles = tl.cdiv(count, BLOCK_M)
@@ -278,13 +281,13 @@ def bank_gradient_kernel(
                 dk, dv = bank_tile(
                     k, key, rows * k_m, v, value, rows * v_m, present, used, dk, dv,
                     query, grad_out, sums, image, t0, steps, None, place, exponent_scale,
-                    tokens, q_b, q_n, d_b, d_n, CHANNELS, BLOCK_E, BLOCK_T, CHUNK, PRECISION, FOLDED, LONG,
+                    tokens, q_b, q_n, d_b, d_n, CHANNELS, BLOCK_E, BLOCK_T, CHUNK, PRECISION, FOLDED, NEAR,
                 )  # fmt: skip
         for t0 in tl.range(full, last, BLOCK_T, num_stages=1 if FOLDED else None):  # what is left over
             dk, dv = bank_tile(
                 k, key, rows * k_m, v, value, rows * v_m, present, used, dk, dv,
                 query, grad_out, sums, image, t0, steps, t0 + steps < last, place, exponent_scale,
-                tokens, q_b, q_n, d_b, d_n, CHANNELS, BLOCK_E, BLOCK_T, CHUNK, PRECISION, FOLDED, LONG,
+                tokens, q_b, q_n, d_b, d_n, CHANNELS, BLOCK_E, BLOCK_T, CHUNK, PRECISION, FOLDED, NEAR,
             )  # fmt: skip
     at = first_image * g_b + head * g_h + rows * g_m + part.to(tl.int64) * g_part
     store_rows(grad_key, at, dk * scale, present, CHANNELS, BLOCK_E)

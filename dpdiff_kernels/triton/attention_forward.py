@@ -24,7 +24,7 @@ def load_rows(
     """Rows of CHANNELS at the given offsets, zeros after them and in rows that are not present (None: all are); from
     the channel `first` on WIDTH of BLOCK_E channels, or all."""
     e = first + tl.arange(0, BLOCK_E if WIDTH is None else WIDTH)
-    at = rows + offsets[:, None] + e[None, :]
+    at = (rows + e[None, :]) + offsets[:, None]  # in this order, what stays in a loop is added before it
     if present is None and CHANNELS == BLOCK_E:
         return tl.load(at)
     elif present is None:
@@ -73,45 +73,101 @@ def prototype_rows(m, listed, present):
 
 @triton.jit
 def attend_tile(
-    q, query, offsets, inside, best, total, answer, key, value, k_m, v_m, listed, m, present, scale,
+    q, query, offsets, inside, rising, best, total, answer, key, value, k_m, v_m, listed, m, present, scale,
     CHANNELS: tl.constexpr, BLOCK_E: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     rows = prototype_rows(m, listed, present)
     k = load_rows(key, rows * k_m, present, CHANNELS, BLOCK_E)
     v = load_rows(value, rows * v_m, present, CHANNELS, BLOCK_E)
     scores = dot_rows(q, query, offsets, inside, k, key, rows * k_m, present, CHANNELS, BLOCK_E, CHUNK, PRECISION)
-    if present is not None:
-        scores = tl.where(present[None, :], scores, float("-inf"))
-    raised = tl.maximum(best, tl.max(scores, 1) * scale)
-    start = tl.where(raised == float("-inf"), 0.0, raised)  # scores of -inf weigh nothing, rather than NaN
-    weights = tl.exp2(scores * scale - start[:, None])
-    if present is not None:  # for a scale of zero, times which -inf is NaN
+    if rising is None:
+        weights = tl.exp2(scores * scale)
+    else:
+        if present is not None:
+            scores = tl.where(present[None, :], scores, float("-inf"))
+        raised = tl.where(rising, tl.maximum(best, tl.max(scores, 1) * scale), best)
+        start = tl.where(raised == float("-inf"), 0.0, raised)  # scores of -inf weigh nothing, rather than NaN
+        weights = tl.exp2(scores * scale - start[:, None])
+        factor = tl.exp2(best - start)
+        best = raised
+        total *= factor
+        answer *= factor[:, None]
+    if present is not None:  # for a scale of zero too, times which -inf is NaN
         weights = tl.where(present[None, :], weights, 0.0)
-    factor = tl.exp2(best - start)
-    total = total * factor + tl.sum(weights, 1)
-    answer = tl.dot(weights.to(v.dtype), v, answer * factor[:, None], input_precision=PRECISION)
-    return raised, total, answer
+    answer = tl.dot(weights.to(v.dtype), v, answer, input_precision=PRECISION)
+    return best, total + tl.sum(weights, 1), answer
 
 
 @triton.jit
 def attend(
-    q, query, offsets, inside, best, total, answer, key, value, k_m, v_m, listed, count, scale,
+    q, query, offsets, inside, rising, best, total, answer, key, value, k_m, v_m, listed, count, scale,
     CHANNELS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Adds a bank of `count` prototypes to the running maximum, sum of weights and weighted sum of values."""
+    """Adds a bank of `count` prototypes to the sum of weights and the weighted sum of values. Weights are relative to
+    `best`, which is the running maximum in rows that are `rising`; None: in none, and `best` is 0."""
     full = count // BLOCK_M * BLOCK_M
     for first in tl.range(0, full, BLOCK_M):
         m = first + tl.arange(0, BLOCK_M)
         best, total, answer = attend_tile(
-            q, query, offsets, inside, best, total, answer, key, value, k_m, v_m, listed, m, None, scale,
+            q, query, offsets, inside, rising, best, total, answer, key, value, k_m, v_m, listed, m, None, scale,
             CHANNELS, BLOCK_E, CHUNK, PRECISION,
         )  # fmt: skip
     for first in tl.range(full, count, BLOCK_M, num_stages=1):  # what is left over
         m = first + tl.arange(0, BLOCK_M)
         best, total, answer = attend_tile(
-            q, query, offsets, inside, best, total, answer, key, value, k_m, v_m, listed, m, m < count, scale,
+            q, query, offsets, inside, rising, best, total, answer, key, value, k_m, v_m, listed, m, m < count, scale,
             CHANNELS, BLOCK_E, CHUNK, PRECISION,
         )  # fmt: skip
+    return best, total, answer
+
+
+@triton.jit
+def attend_banks(
+    q, query, offsets, inside, rising, key, value, k_m, v_m, listed, count, second_key, second_value, second_k_m,
+    second_v_m, second_count, scale, CHANNELS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_M: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """What weights are relative to, their sum, and the weighted sum of values, over one bank or two."""
+    best = tl.zeros([BLOCK_T], tl.float32)
+    if rising is not None:
+        best = tl.where(rising, float("-inf"), best)
+    total = tl.zeros([BLOCK_T], tl.float32)
+    answer = tl.zeros([BLOCK_T, BLOCK_E], tl.float32)
+    best, total, answer = attend(
+        q, query, offsets, inside, rising, best, total, answer, key, value, k_m, v_m, listed, count, scale,
+        CHANNELS, BLOCK_E, BLOCK_M, CHUNK, PRECISION,
+    )  # fmt: skip
+    if second_key is not None:
+        best, total, answer = attend(
+            q, query, offsets, inside, rising, best, total, answer, second_key, second_value, second_k_m, second_v_m,
+            None, second_count, scale, CHANNELS, BLOCK_E, BLOCK_M, CHUNK, PRECISION,
+        )  # fmt: skip
+    return best, total, answer
+
+
+@triton.jit
+def softmax_banks(
+    q, query, offsets, inside, key, value, k_m, v_m, listed, count, second_key, second_value, second_k_m, second_v_m,
+    second_count, scale, CHANNELS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr,
+    CHUNK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The same in the fewest instructions. bfloat16 has float32's exponents: weights relative to 0 are as exact as
+    those relative to their maximum, and take a third fewer instructions, unless all are tiny or some huge. A tile with
+    such rows is done again, in which only these rise: the others stay as they were, to the bit."""
+    rising = None if q.dtype == tl.bfloat16 else tl.full([BLOCK_T], True, tl.int1)
+    best, total, answer = attend_banks(
+        q, query, offsets, inside, rising, key, value, k_m, v_m, listed, count,
+        second_key, second_value, second_k_m, second_v_m, second_count, scale,
+        CHANNELS, BLOCK_E, BLOCK_T, BLOCK_M, CHUNK, PRECISION,
+    )  # fmt: skip
+    if rising is None:
+        extreme = ~((total > 2.0**-60) & (total < 2.0**60))  # NaN too
+        if tl.max((extreme & inside).to(tl.int32)) != 0:
+            best, total, answer = attend_banks(
+                q, query, offsets, inside, extreme, key, value, k_m, v_m, listed, count,
+                second_key, second_value, second_k_m, second_v_m, second_count, scale,
+                CHANNELS, BLOCK_E, BLOCK_T, BLOCK_M, CHUNK, PRECISION,
+            )  # fmt: skip
     return best, total, answer
 
 
@@ -148,12 +204,10 @@ def forward_kernel(
         global_key += bank_image * gk_b + head * gk_h
         global_value += bank_image * gv_b + head * gv_h
 
-    best = tl.full([BLOCK_T], float("-inf"), tl.float32)
-    sums = tl.zeros([BLOCK_T], tl.float32)
-    answer = tl.zeros([BLOCK_T, BLOCK_E], tl.float32)
-    best, sums, answer = attend(
-        q, query, offsets, inside, best, sums, answer, local_key, local_value, lk_m, lv_m, listed, local_count,
-        scale, CHANNELS, BLOCK_E, BLOCK_M, CHUNK, PRECISION,
+    second = None if gate is not None else global_key
+    best, sums, answer = softmax_banks(
+        q, query, offsets, inside, local_key, local_value, lk_m, lv_m, listed, local_count,
+        second, global_value, gk_m, gv_m, global_count, scale, CHANNELS, BLOCK_E, BLOCK_T, BLOCK_M, CHUNK, PRECISION,
     )  # fmt: skip
     flat = (image * heads + head) * tokens + n
     out_rows = image * o_b + head * o_h + n * o_n
@@ -166,13 +220,9 @@ def forward_kernel(
         if lists is not None:  # where all are routed away, the global bank answers alone
             g = tl.where(local_count == 0, 1.0, g)
             local_answer = tl.where(local_count == 0, 0.0, local_answer)
-        best = tl.full([BLOCK_T], float("-inf"), tl.float32)
-        sums = tl.zeros([BLOCK_T], tl.float32)
-        answer = tl.zeros([BLOCK_T, BLOCK_E], tl.float32)
-    if global_key is not None:
-        best, sums, answer = attend(
-            q, query, offsets, inside, best, sums, answer, global_key, global_value, gk_m, gv_m, None, global_count,
-            scale, CHANNELS, BLOCK_E, BLOCK_M, CHUNK, PRECISION,
+        best, sums, answer = softmax_banks(
+            q, query, offsets, inside, global_key, global_value, gk_m, gv_m, None, global_count,
+            None, None, 0, 0, 0, scale, CHANNELS, BLOCK_E, BLOCK_T, BLOCK_M, CHUNK, PRECISION,
         )  # fmt: skip
     answer = answer * (1.0 / sums)[:, None]
     if gate is not None:

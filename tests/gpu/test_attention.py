@@ -69,8 +69,9 @@ def test_zero_sizes(device, sizes):
     check(inputs(device, **sizes))
 
 
-def test_nan_stays_in_its_row(device):
-    tensors = {name: t.detach() for name, t in inputs(device).items()}
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nan_stays_in_its_row(device, dtype):
+    tensors = {name: t.detach() for name, t in inputs(device, dtype=dtype).items()}
     clean = dk.prototype_attention(**tensors, backend="triton")
     tensors["query"][1, 0, 4, 3] = torch.nan
     out = dk.prototype_attention(**tensors, backend="triton")
@@ -85,6 +86,22 @@ def test_scores_in_the_thousands(device):
     out = dk.prototype_attention(**tensors, backend="triton")
     wanted = dk.prototype_attention(**{name: t.double() for name, t in tensors.items()})
     torch.testing.assert_close(out.double(), wanted, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("banks", BANKS)
+def test_bfloat16_weights_of_any_size(device, banks):
+    """In float32, some rows' weights overflow where they aren't relative to the greatest one, and some all vanish."""
+    tensors = inputs(device, banks, n=40, m=70, dtype=torch.bfloat16)
+    sizes = torch.tensor([1.0, 60.0, -40.0, 10.0, 20.0], device=device).repeat(8)[:, None]
+    with torch.no_grad():
+        tensors["query"][1:] = (sizes + torch.randn(3, 2, 40, 16, device=device)[1:]).bfloat16()
+        tensors["local_key"] -= 1  # scores of the queries above are of one sign
+    tensors = {name: t.detach() for name, t in tensors.items()}
+    out = dk.prototype_attention(**tensors, backend="triton")
+    wanted = dk.prototype_attention(**{name: t.double() for name, t in tensors.items()})
+    torch.testing.assert_close(out.double(), wanted, rtol=3e-2, atol=3e-2)
+    alone = tensors | {name: tensors[name][:1] for name in ("query", "gate") if name in tensors}
+    assert torch.equal(out[:1], dk.prototype_attention(**alone, backend="triton"))  # whatever else is in the tile
 
 
 def test_deterministic(device):
