@@ -1,12 +1,13 @@
 """prototype_attention on GPUs: tile sizes, launches, and the operators with the native ones' schemas."""
 
 from collections.abc import Iterator
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from dpdiff_kernels.triton.attention_backward import bank_gradient_kernel, query_gradient_kernel
+from dpdiff_kernels.triton.attention_backward import add_parts_kernel, bank_gradient_kernel, query_gradient_kernel
 from dpdiff_kernels.triton.attention_forward import forward_kernel
 from dpdiff_kernels.triton.launch import (
     Variant,
@@ -23,6 +24,7 @@ from dpdiff_kernels.triton.routing import active_lists, active_mask
 _LOG2_E = 1.4426950408889634
 _LONG = 64  # tokens of an image, from which on no tile of `plain` ones spans more than two
 _PARTS_BYTES = 32 << 20  # that partial sums of a shared bank's gradients may take
+_ADDED = 1024  # elements of these that a program adds up
 
 
 class Tile(NamedTuple):
@@ -278,21 +280,23 @@ def _bank_gradients(
     elif mask is not None:
         mask = None
     elif shared:
-        parts = _parts(query.device, programs, ceil_div(batch * n_tokens, tile.tokens), key.numel())
+        slots = 2 * multiprocessors_of(query.device)
+        parts = _parts(slots, int(programs), int(ceil_div(batch * n_tokens, tile.tokens)), int(key.numel()))
     size = key.shape if parts == 1 else (parts, *key.shape)
     dtype = key.dtype if parts == 1 else torch.float32
     new = query.new_empty if lists is None else query.new_zeros
-    grad_key, grad_value = new(size, dtype=dtype), new(size, dtype=dtype)
+    grads = new(size, dtype=dtype), new(size, dtype=dtype)
     launch(bank_gradient_kernel)[(programs * parts,)](
-        grad_out, query, key, value, lists, counts, mask, sums, grad_key, grad_value,
+        grad_out, query, key, value, lists, counts, mask, sums, *grads,
         *(stride for t in (grad_out, query, key, value) for stride in _strides(t)),
         heads * count * channels, count * channels, channels, key.numel(),
         batch, heads, n_tokens, count, parts, scale, scale * _LOG2_E,
         SHARED=shared, NEAR=_near(tile.tokens, query, grad_out), **_constants(problem, channels, tile),
     )  # fmt: skip
     if parts > 1:
-        grad_key, grad_value = grad_key.sum(0).to(key.dtype), grad_value.sum(0).to(value.dtype)
-    return grad_key, grad_value
+        of_parts, grads = grads, (query.new_empty(key.shape), query.new_empty(key.shape))
+        launch(add_parts_kernel)[(ceil_div(key.numel(), _ADDED),)](*of_parts, *grads, key.numel(), parts, BLOCK=_ADDED)
+    return grads
 
 
 def _near(tokens: int, *tensors: Tensor) -> bool:
@@ -301,14 +305,22 @@ def _near(tokens: int, *tensors: Tensor) -> bool:
     return tokens <= tensors[0].shape[2] and farthest < 2**31
 
 
-def _parts(device: torch.device, programs: int, blocks: int, elements: int) -> int:
-    """Into how many parts the tokens are split: enough for all multiprocessors, as far as memory allows."""
-    return max(1, min(ceil_div(2 * multiprocessors_of(device), programs), blocks, _PARTS_BYTES // (8 * elements)))
+@cache
+def _parts(slots: int, programs: int, blocks: int, elements: int) -> int:
+    """Into how many parts the `blocks` of tokens are split, in the least time: programs run in rounds, of as many as
+    there are slots; each takes as long as its blocks and about three more, and adding up costs a block for every
+    200,000 elements of a part."""
+    most = max(1, min(blocks, _PARTS_BYTES // (8 * elements)))
+    rounds = lambda parts: ceil_div(programs * parts, slots)
+    return min(range(1, most + 1), key=lambda n: rounds(n) * (ceil_div(blocks, n) + 3) + (n > 1) * n * elements / 2e5)
 
 
 def variants(arch: str) -> Iterator[Variant]:
     """All that is launched, with channels that are a power of two."""
     for itemsize, dtype in ((2, "*bf16"), (2, "*fp16"), (4, "*fp32")):
+        signature = dict.fromkeys(("of_parts_key", "of_parts_value"), "*fp32")
+        signature |= {"grad_key": dtype, "grad_value": dtype, "size": "i32", "parts": "i32"}
+        yield Variant(add_parts_kernel, signature, {"BLOCK": _ADDED}, divisible=("size",))
         for block_e in (16, 32, 64, 128, 256):
             for banks in ("one", "joint", "gated"):
                 absent = {"one": {"global_key", "global_value"}, "joint": set(), "gated": set()}[banks]

@@ -292,3 +292,18 @@ def bank_gradient_kernel(
     at = first_image * g_b + head * g_h + rows * g_m + part.to(tl.int64) * g_part
     store_rows(grad_key, at, dk * scale, present, CHANNELS, BLOCK_E)
     store_rows(grad_value, at, dv, present, CHANNELS, BLOCK_E)
+
+
+@triton.jit
+def add_parts_kernel(of_parts_key, of_parts_value, grad_key, grad_value, size, parts, BLOCK: tl.constexpr):
+    """Adds up the parts (parts, size) of both gradients, in float32."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < size
+    of_key = tl.zeros([BLOCK], tl.float32)
+    of_value = tl.zeros([BLOCK], tl.float32)
+    for part in range(parts):
+        first = tl.cast(part, tl.int64) * size
+        of_key += tl.load(of_parts_key + first + at, mask=inside)
+        of_value += tl.load(of_parts_value + first + at, mask=inside)
+    tl.store(grad_key + at, of_key.to(grad_key.dtype.element_ty), mask=inside)
+    tl.store(grad_value + at, of_value.to(grad_value.dtype.element_ty), mask=inside)
