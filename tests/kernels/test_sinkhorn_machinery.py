@@ -197,7 +197,8 @@ def test_same_bits_every_time(backend):
 @needs_cpp
 @pytest.mark.parametrize("shape", [(40, 30, 20), (1, 700, 600)])
 def test_other_tiny_numbers_stay(shape):
-    """The threads flush their own to zero only while they iterate."""
+    """This thread flushes its own to zero only while it iterates."""
     cost, *_ = random_problem(*shape, dtype=torch.float32)
+    torch.set_flush_denormal(False)  # which some library may have asked for as it was loaded
     dk.sinkhorn(cost, eps=1e-4, n_iters=5, backend="cpp")
-    assert (torch.full((1_000_000,), 1e-38) * 0.1 > 0).all()
+    assert torch.full((), 1e-38) * 0.1 > 0
