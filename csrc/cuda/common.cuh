@@ -125,9 +125,10 @@ class Cluster {
   DPDIFF_DEVICE T swap_lanes(T x, int mask) const {
     return __shfl_xor_sync(~0u, x, mask);
   }
-  template <typename T>
-  DPDIFF_DEVICE T of_lane(T x, int lane) const {
-    return __shfl_sync(~0u, x, lane);
+  // From a lane of those kGroup, counted from their first, that this one is of.
+  template <int kGroup>
+  DPDIFF_DEVICE float of_lane(float x, int lane) const {
+    return __shfl_sync(~0u, x, lane, kGroup);
   }
 
  private:

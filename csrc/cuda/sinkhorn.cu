@@ -27,9 +27,9 @@ using torch::stable::Tensor;
 extern __shared__ Quad memory[];
 
 // The solver of this block, in any function: memory is seen to be shared memory.
-template <int kLanes, int kQuads, bool kShared>
+template <int kLanes, int kQuads, bool kShared, int kHeld>
 struct Make {
-  typedef Sinkhorn<Cluster, kLanes, kQuads> Solver;
+  typedef Sinkhorn<Cluster, kLanes, kQuads, kHeld> Solver;
   const SinkhornTask& task;
   const SinkhornShape& shape;
 
@@ -38,23 +38,24 @@ struct Make {
     float* const shared = reinterpret_cast<float*>(memory);
     float* const rows = kShared ? shared + shape.columns() : task.room + blockIdx.x * shape.of_rows();
     float* const columns = shared + Cluster::kBytes / 4 + 2 * shape.board();
-    return Solver(team(), task, shape, blockIdx.x / shape.size, columns, rows);
+    return Solver(team(), task, shape, blockIdx.x / shape.size, columns, rows, task.room + blockIdx.x * shape.of_held());
   }
 };
 
 // Two blocks share a multiprocessor's registers, where they may share its memory.
-template <int kLanes, int kQuads, bool kShared>
-__global__ void __launch_bounds__(32 * kMostWarps, kShared ? 2 : 1)
+template <int kLanes, int kQuads, bool kShared, int kHeld = 0>
+__global__ void __launch_bounds__(32 * kMostWarps, kShared && kHeld == 0 ? 2 : 1)
     sinkhorn_kernel(const __grid_constant__ SinkhornTask task, const __grid_constant__ SinkhornShape shape) {
-  const Make<kLanes, kQuads, kShared> make{task, shape};
+  const Make<kLanes, kQuads, kShared, kHeld> make{task, shape};
   make.team().begin();
-  Sinkhorn<Cluster, kLanes, kQuads>::solve(make);
+  Sinkhorn<Cluster, kLanes, kQuads, kHeld>::solve(make);
 }
 
 typedef void (*Kernel)(SinkhornTask, SinkhornShape);
 
 Kernel kernel_for(const SinkhornShape& shape) {
   if (!shape.shared) return shape.lanes == 32 ? sinkhorn_kernel<32, 4, false> : sinkhorn_kernel<32 * kMostWarps, 4, false>;
+  if (shape.held > 0) return sinkhorn_kernel<16, 2, true, kHeldRounds>;
   if (shape.quads == 1) return sinkhorn_kernel<8, 1, true>;
   if (shape.quads == 2) return sinkhorn_kernel<8, 2, true>;
   if (shape.lanes == 8) return sinkhorn_kernel<8, 4, true>;
@@ -115,7 +116,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sinkhorn(
   if (batch > 0) {
     const SinkhornShape shape = sinkhorn_shape(batch, int(n), int(m), tau_a.has_value(), tau_b.has_value(),
                                                device_of(cost.get_device_index()));
-    const Tensor room = empty({shape.shared ? 0 : batch * shape.size * shape.of_rows()});
+    const Tensor room = empty({batch * (shape.shared ? shape.of_held() : shape.size * shape.of_rows())});
     const auto of = [](const Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); };
     const SinkhornTask task{of(cost), of(a), of(b), return_plan ? of(plan) : nullptr, of(f), of(g), of(total), of(value),
                             of(error), static_cast<int64_t*>(used.mutable_data_ptr()), of(room), int(n), int(m), n_iters,

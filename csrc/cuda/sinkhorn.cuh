@@ -13,29 +13,30 @@
 
 namespace dpdiff {
 
-template <class Team, int kLanes, int kQuads>
-class Sinkhorn : SinkhornBlock<Team, kLanes, kQuads> {
-  typedef SinkhornBlock<Team, kLanes, kQuads> Block;
+template <class Team, int kLanes, int kQuads, int kHeld>
+class Sinkhorn : SinkhornBlock<Team, kLanes, kQuads, kHeld> {
+  typedef SinkhornBlock<Team, kLanes, kQuads, kHeld> Block;
   typedef SinkhornSide Side;
   typedef SinkhornExtents Extents;
   typedef SinkhornStats Stats;
   typedef typename Block::Turns Turns;
-  using Block::column_, Block::kAcross, Block::kColumns, Block::kGroup, Block::kRows, Block::lane_, Block::leads_;
+  using Block::column_, Block::first_row, Block::kAcross, Block::kColumns, Block::kGroup, Block::kRows, Block::lane_, Block::leads_;
   using Block::fold, Block::folded, Block::folded_stats, Block::for_halves, Block::for_points, Block::for_quads;
   using Block::for_rows, Block::inside, Block::kHalf, Block::of_row, Block::reduce_row, Block::row_, Block::shape_;
   using Block::sum_all, Block::team_, Block::turns_, Block::warp_, Block::width;
 
  public:
   DPDIFF_DEVICE Sinkhorn(const Team& team, const SinkhornTask& task, const SinkhornShape& shape, int64_t problem,
-                         float* shared, float* room)
+                         float* shared, float* room, float* held)
       : Block(team, shape, shared + shape.side_of_columns()),
         task_(task),
         problem_(problem),
         first_(min_of(int64_t(team.rank()) * divide(task.n, shape.size), task.n)),
-        rows_(room, min_of(divide(task.n, shape.size), task.n - first_), shape.padded, shape.relaxed_a, task.tau_a,
-              task.eps),
-        columns_(shared, task.m, width(), shape.relaxed_b, task.tau_b, task.eps),
-        kernel_(room + shape.side_of_rows()),
+        rows_(room, min_of(divide(task.n, shape.size), task.n - first_), shape.padded, kHeld == 0 && shape.relaxed_a,
+              task.tau_a, task.eps),
+        columns_(shared, task.m, width(), kHeld == 0 && shape.relaxed_b, task.tau_b, task.eps),
+        kernel_(room + shape.side_of_rows() - shape.of_held()),
+        held_(held),
         cost_(task.cost + (problem * task.n + first_) * task.m),
         scale_(float(1.4426950408889634 / task.eps)),
         scale_rest_(float(1.4426950408889634 / task.eps - scale_)) {}
@@ -51,7 +52,7 @@ class Sinkhorn : SinkhornBlock<Team, kLanes, kQuads> {
         Sinkhorn solver = make();
         solver.enter(progress);
         outcome = solver.iterate();
-        solver.leave(progress);
+        solver.leave_iterations(progress);
       } while (outcome == kLarge && run<&Sinkhorn::absorb>(make, progress));
       if (outcome == kBad || !run<&Sinkhorn::zeros_fit>(make, progress)) run<&Sinkhorn::iterate_logs>(make, progress);
       run<&Sinkhorn::finish>(make, progress);
@@ -82,6 +83,11 @@ class Sinkhorn : SinkhornBlock<Team, kLanes, kQuads> {
   }
   DPDIFF_DEVICE void leave(Progress& progress) const {
     progress.state = state_, progress.turns = turns_, progress.now = rows_.now;
+  }
+
+  // All that they change: registers are for what threads hold.
+  DPDIFF_DEVICE void leave_iterations(Progress& progress) const {
+    progress.state.used = state_.used, progress.turns = turns_, progress.now = rows_.now;
   }
 
   template <bool (Sinkhorn::*kPhase)(), class Make>
@@ -128,21 +134,24 @@ class Sinkhorn : SinkhornBlock<Team, kLanes, kQuads> {
       }
     });
   }
+  DPDIFF_DEVICE bool within(int first) const { return kHeld > 0 || first < shape_.rows; }
+  // From where rows of the kernel are counted, the rows from `first` on.
+  DPDIFF_DEVICE float* place(int first) const { return kHeld > 0 && first < shape_.held ? held_ : kernel_; }
   // Where four numbers of the kernel are, of row `first` + r: what is beyond the edges reads others' and never writes.
-  DPDIFF_DEVICE Quad* quad(int first, int r, int j) const {
-    const int row = (first < shape_.rows ? first : 0) + r;
-    return reinterpret_cast<Quad*>(kernel_ + int64_t(row) * width() + (inside(j) ? j : 0));
+  DPDIFF_DEVICE Quad* quad(float* kernel, int first, int r, int j) const {
+    const int row = (within(first) ? first : 0) + r;
+    return reinterpret_cast<Quad*>(kernel + int64_t(row) * width() + (inside(j) ? j : 0));
   }
-  DPDIFF_DEVICE void load_kernel(int first, int r, float (&k)[kColumns]) const {
+  DPDIFF_DEVICE void load_kernel(float* kernel, int first, int r, float (&k)[kColumns]) const {
     for_quads([&](int j, int at) {
-      const Quad x = *quad(first, r, j);
+      const Quad x = *quad(kernel, first, r, j);
 #pragma unroll
       for (int e = 0; e < 4; ++e) k[at + e] = x.x[e];
     });
   }
   DPDIFF_DEVICE void store_kernel(int first, int r, const float (&k)[kColumns]) const {
     for_quads([&](int j, int at) {
-      if (first < shape_.rows && inside(j)) *quad(first, r, j) = {k[at], k[at + 1], k[at + 2], k[at + 3]};
+      if (within(first) && inside(j)) *quad(place(first), first, r, j) = {k[at], k[at + 1], k[at + 2], k[at + 3]};
     });
   }
   // Of an array with a number for each column; 0 beyond the edge.
@@ -181,7 +190,9 @@ class Sinkhorn : SinkhornBlock<Team, kLanes, kQuads> {
     for_halves([&](int first, int from) {
       float c[kHalf][kColumns];
 #pragma unroll
-      for (int r = 0; r < kHalf; ++r) again ? load_costs(first + from + r, c[r]) : load_kernel(first, from + r, c[r]);
+      for (int r = 0; r < kHalf; ++r) {
+        again ? load_costs(first + from + r, c[r]) : load_kernel(place(first), first, from + r, c[r]);
+      }
 #pragma unroll
       for (int r = 0; r < kHalf; ++r) {
         const Pair f = rows_.base(first + from + r);
@@ -204,16 +215,21 @@ class Sinkhorn : SinkhornBlock<Team, kLanes, kQuads> {
     return side.relaxed ? powf(fmaxf(sum, kTiny), -side.damp) * side.pull()[i] : reciprocal(sum);
   }
 
+  typedef float Rows[kRows][kColumns];
+  typedef Rows Held[kHeld > 0 ? kHeld : 1];
+  DPDIFF_DEVICE void load_rows(float* kernel, int first, Rows& k) const {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) load_kernel(kernel, first, r, k[r]);
+  }
+
   // The rows' next scalings, and the column sums that these give.
-  DPDIFF_DEVICE void update_rows() {
+  DPDIFF_DEVICE void update_rows(const Held& held) {
     float v[kColumns], sums[kColumns] = {};
     load_columns(columns_.moved(), v);
     Stats stats;
     Extents extents;
-    for_rows([&](int first) {
-      float k[kRows][kColumns], dot[kRows];
-#pragma unroll
-      for (int r = 0; r < kRows; ++r) load_kernel(first, r, k[r]);
+    const auto update = [&](int first, const Rows& k) {
+      float dot[kRows];
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
         dot[r] = 0;
@@ -224,20 +240,28 @@ class Sinkhorn : SinkhornBlock<Team, kLanes, kQuads> {
       const float weight = rows_.weight()[i], before = rows_.scaling()[i], aim = rows_.aim(i);
       const float sum = reduce_row(dot, Sum());
       const float next = scaling_of(rows_, i, sum), u = weight > 0 ? weight * next : 0.0f;
-      if (weight > 0) extents.include(sum, next);
-      if (leads_) {
-        stats.error += weight > 0 ? fabsf(weight * before * sum - aim) : 0.0f;
-        stats.moved += u;
-        rows_.next_scaling()[i] = next;
-        if (rows_.relaxed) rows_.next_target()[i] = u * sum;
-      }
+      extents.include(weight > 0, sum, next, rows_.relaxed);
+      stats.error += weight > 0 ? fabsf(weight * before * sum - aim) : 0.0f;
+      stats.moved += u;
+      rows_.next_scaling()[i] = next;  // all threads with the sum alike, rather than some, which takes branches
+      if (rows_.relaxed) rows_.next_target()[i] = u * sum;
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
         const float of_this = of_row(u, r);
 #pragma unroll
         for (int e = 0; e < kColumns; ++e) sums[e] = fmaf(of_this, k[r][e], sums[e]);
       }
-    });
+    };
+#pragma unroll
+    for (int round = 0; round < kHeld; ++round) update(first_row(round), held[round]);
+    const auto load_and_update = [&](int first) {
+      Rows k;
+      load_rows(kernel_, first, k);
+      update(first, k);
+    };
+    for_rows(load_and_update, kHeld);
+    if (!leads_) stats.error = stats.moved = 0;
+    extents.finish(rows_.relaxed);
     stats.bad = extents.bad(state_.least_row_sum), stats.large = extents.large();
     fold(sums, Sum(), stats);
   }
@@ -247,11 +271,12 @@ class Sinkhorn : SinkhornBlock<Team, kLanes, kQuads> {
     for_points(columns_.n, [&](int j) {
       const float sum = folded(j, Sum()), weight = columns_.weight()[j];
       const float next = scaling_of(columns_, j, sum);
-      if (weight > 0) extents.include(sum, next);
+      extents.include(weight > 0, sum, next, columns_.relaxed);
       columns_.scaling()[j] = next;
       columns_.moved()[j] = weight > 0 ? weight * next : 0.0f;
       if (columns_.relaxed) columns_.target()[j] = columns_.moved()[j] * sum;
     });
+    extents.finish(columns_.relaxed);
     return extents;
   }
 
@@ -269,8 +294,11 @@ class Sinkhorn : SinkhornBlock<Team, kLanes, kQuads> {
   enum Outcome { kDone, kLarge, kBad };
 
   DPDIFF_DEVICE Outcome iterate() {
+    Held held;
+#pragma unroll
+    for (int round = 0; round < kHeld; ++round) load_rows(held_, first_row(round), held[round]);
     while (state_.used < task_.n_iters) {
-      update_rows();
+      update_rows(held);
       const Stats rows = folded_stats();
       if (task_.tol > 0 && state_.used > 0 && rows.error + state_.stranded < task_.tol) break;
       if (!(rows.bad == 0 && rows.moved < INFINITY)) return kBad;  // extents pass over a NaN
@@ -340,6 +368,7 @@ class Sinkhorn : SinkhornBlock<Team, kLanes, kQuads> {
   const int first_;  // of the block's rows
   Side rows_, columns_;
   float* const kernel_;
+  float* const held_;  // in global memory: the rows that threads hold while they iterate
   const float* const cost_;
   const float scale_, scale_rest_;  // log2(e) / eps
   State state_;

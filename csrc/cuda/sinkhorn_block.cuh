@@ -31,7 +31,8 @@ struct SinkhornStats {
   float large = 0;  // in how many a scaling has to be absorbed
 };
 
-template <class Team, int kLanes, int kQuads>
+// kHeld: how many times a warp's threads hold, in registers, the rows that it takes at once.
+template <class Team, int kLanes, int kQuads, int kHeld>
 class SinkhornBlock {
  protected:
   static constexpr int kRows = sinkhorn_rows(kQuads), kColumns = 4 * kQuads;  // of a thread
@@ -51,19 +52,21 @@ class SinkhornBlock {
         column_(4 * (team.thread() % kLanes)),
         leads_(lane_ % kShare == 0 && (!kAcross || warp_ == 0)),
         partial_(partial),
-        scratch_(partial + shape.warps() * shape.part()) {}
+        scratch_(partial + shape.parts()) {}
 
-  // work(the first of this thread's kRows rows), all threads alike; each warp has some
+  // The first of the kRows rows that this thread takes in a round, all threads alike.
+  DPDIFF_DEVICE int step() const { return kAcross ? kSpan : kSpan * warps(); }
+  DPDIFF_DEVICE int first_row(int round) const {
+    return (kAcross ? 0 : warp_ * kSpan) + lane_ / kGroup * kRows + round * step();
+  }
+  // work(first_row) of each round from one on
   template <class Work>
-  DPDIFF_DEVICE void for_rows(const Work& work) const {
-    const int step = kAcross ? kSpan : kSpan * shape_.warps();
-    int i = kAcross ? 0 : warp_ * kSpan;
+  DPDIFF_DEVICE void for_rows(const Work& work, int round = 0) const {
 #pragma unroll 1
-    do work(i + lane_ / kGroup * kRows);
-    while ((i += step) < shape_.padded);
+    for (int i = first_row(round); i < shape_.padded; i += step()) work(i);
   }
   // work(the same, where to go on) for each half of these rows, since registers don't hold costs of all
-  static constexpr int kHalf = kRows / 2;
+  static constexpr int kHalf = kHeld > 0 ? kRows : kRows / 2;
   template <class Work>
   DPDIFF_DEVICE void for_halves(const Work& work) const {
     for_rows([&](int first) {
@@ -94,6 +97,8 @@ class SinkhornBlock {
   }
   // The shape's, of which the compiler knows more here.
   DPDIFF_DEVICE int width() const { return kWhole ? kLanes * kColumns : shape_.width; }
+  DPDIFF_DEVICE int warps() const { return kHeld > 0 ? kMostWarps : shape_.warps(); }
+  DPDIFF_DEVICE bool alone() const { return kHeld > 0 || (!kAcross && shape_.size == 1); }
   DPDIFF_DEVICE int length() const { return 4 + width(); }  // of a message
   DPDIFF_DEVICE int part() const { return kAcross ? 8 : length(); }
   DPDIFF_DEVICE bool inside(int column) const { return kWhole || column < shape_.width; }
@@ -131,14 +136,18 @@ class SinkhornBlock {
     }
     return result;
   }
-  DPDIFF_DEVICE float of_row(float x, int r) const { return team_.of_lane(x, lane_ / kGroup * kGroup + r * kShare); }
+  DPDIFF_DEVICE float of_row(float x, int r) const { return team_.template of_lane<kGroup>(x, r * kShare); }
 
   // Boards alternate: what is on one stays until all have what is on the next. A block sends its message to all boards;
-  // long ones stay on its own, where the others read them.
-  DPDIFF_DEVICE int board() const { return turns_.board % 2 * (kAcross ? 1 : shape_.size) * length(); }
-  DPDIFF_DEVICE const float* message(int rank) const {
-    if constexpr (kAcross) return team_.board_of(rank) + board();
-    return team_.board() + board() + rank * length();
+  // long ones stay on its own, where the others read them. Where it is alone, its warps' parts are the messages.
+  DPDIFF_DEVICE int messages() const { return alone() ? warps() : shape_.size; }
+  DPDIFF_DEVICE int board() const { return turns_.board % 2 * (kAcross ? 1 : messages()) * length(); }
+  DPDIFF_DEVICE const float* message(int i) const {
+    if constexpr (kAcross) return team_.board_of(i) + board();
+    return team_.board() + board() + i * length();
+  }
+  DPDIFF_DEVICE float* part_of_warp() const {
+    return alone() ? team_.board() + board() + warp_ * length() : partial_ + warp_ * part();
   }
   // Tells all blocks quad(0), quad(1), ... of this one, and waits for theirs.
   template <class Tell>
@@ -161,7 +170,7 @@ class SinkhornBlock {
   template <class Op>
   DPDIFF_DEVICE void fold(float (&x)[kColumns], Op op, const SinkhornStats& stats) {
     ++turns_.board;
-    float* mine = partial_ + warp_ * part();
+    float* mine = part_of_warp();
     float found[4] = {stats.error, stats.moved, stats.bad, stats.large};
     reduce_lanes<16, 1>(found, Sum());
     if (lane_ % 8 == 0) mine[lane_ / 8] = found[0];
@@ -181,10 +190,11 @@ class SinkhornBlock {
       }
     }
     team_.sync();
+    if (alone()) return;
     tell(1 + (kAcross ? 0 : width() / 4), [&](int q) {
       const float nothing = q > 0 ? Op::kNothing : 0.0f;
       Quad met{nothing, nothing, nothing, nothing};
-      for_fours(shape_.warps(), [&](int w, bool is) {
+      for_fours(warps(), [&](int w, bool is) {
         const Quad of_warp = reinterpret_cast<const Quad*>(partial_ + w * part())[q];
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
@@ -199,16 +209,16 @@ class SinkhornBlock {
   template <class Op>
   DPDIFF_DEVICE float folded(int j, Op op) const {
     float x = Op::kNothing;
-    for_fours(shape_.size, [&](int rank, bool is) {
-      const float both = op(x, message(rank)[4 + j]);
+    for_fours(messages(), [&](int i, bool is) {
+      const float both = op(x, message(i)[4 + j]);
       x = is ? both : x;
     });
     return x;
   }
   DPDIFF_DEVICE SinkhornStats folded_stats() const {
     SinkhornStats sum;
-    for_fours(shape_.size, [&](int rank, bool is) {
-      const Quad x = *reinterpret_cast<const Quad*>(message(rank));
+    for_fours(messages(), [&](int i, bool is) {
+      const Quad x = *reinterpret_cast<const Quad*>(message(i));
       if (!is) return;
       sum.error += x.x[0], sum.moved += x.x[1], sum.bad += x.x[2], sum.large += x.x[3];
     });
@@ -219,23 +229,25 @@ class SinkhornBlock {
     ++turns_.board;
     for (int k = 0; k < 4; ++k) {
       for (int mask = 16; mask > 0; mask /= 2) x[k] += team_.swap_lanes(x[k], mask);
-      if (lane_ == 0) reinterpret_cast<double*>(partial_ + warp_ * part())[k] = x[k];
+      if (lane_ == 0) reinterpret_cast<double*>(part_of_warp())[k] = x[k];
     }
     team_.sync();
-    tell(2, [&](int q) {
-      double sums[2] = {};
+    if (!alone()) {
+      tell(2, [&](int q) {
+        double sums[2] = {};
 #pragma unroll 1
-      for (int w = 0; w < shape_.warps(); ++w) {
-        for (int k = 0; k < 2; ++k) sums[k] += reinterpret_cast<const double*>(partial_ + w * part())[2 * q + k];
-      }
-      Quad both;
-      memcpy(&both, sums, sizeof both);
-      return both;
-    });
+        for (int w = 0; w < warps(); ++w) {
+          for (int k = 0; k < 2; ++k) sums[k] += reinterpret_cast<const double*>(partial_ + w * part())[2 * q + k];
+        }
+        Quad both;
+        memcpy(&both, sums, sizeof both);
+        return both;
+      });
+    }
     for (int k = 0; k < 4; ++k) {
       x[k] = 0;
 #pragma unroll 1
-      for (int rank = 0; rank < shape_.size; ++rank) x[k] += reinterpret_cast<const double*>(message(rank))[k];
+      for (int i = 0; i < messages(); ++i) x[k] += reinterpret_cast<const double*>(message(i))[k];
     }
   }
 

@@ -6,8 +6,8 @@
 
 namespace dpdiff {
 
-template <class Team, int kLanes, int kQuads>
-DPDIFF_APART bool Sinkhorn<Team, kLanes, kQuads>::iterate_logs() {
+template <class Team, int kLanes, int kQuads, int kHeld>
+DPDIFF_APART bool Sinkhorn<Team, kLanes, kQuads, kHeld>::iterate_logs() {
   const double eps = task_.eps;
   // h = g + eps log b, and f before it is taken, are kept where the scalings were
   const auto set_h = [&](int j, double g) {

@@ -5,8 +5,8 @@
 
 namespace dpdiff {
 
-template <class Team, int kLanes, int kQuads>
-DPDIFF_DEVICE bool Sinkhorn<Team, kLanes, kQuads>::finish() {
+template <class Team, int kLanes, int kQuads, int kHeld>
+DPDIFF_DEVICE bool Sinkhorn<Team, kLanes, kQuads, kHeld>::finish() {
   float sums[kColumns] = {};
   const float unit = float(task_.eps) * kLn2;
   float* plan = task_.plan == nullptr ? nullptr : task_.plan + (problem_ * task_.n + first_) * task_.m;
@@ -20,7 +20,7 @@ DPDIFF_DEVICE bool Sinkhorn<Team, kLanes, kQuads>::finish() {
       float mass[1] = {}, total = 0;
       for_quads([&](int j, int at) {
         if (!inside(j)) return;
-        Quad p = *quad(first, r, j);
+        Quad p = *quad(place(first), first, r, j);
         const Quad v = four_columns(columns_.moved(), j);
         const Quad high = four_columns(columns_.high(), j), low = four_columns(columns_.low(), j);
 #pragma unroll
@@ -59,8 +59,8 @@ DPDIFF_DEVICE bool Sinkhorn<Team, kLanes, kQuads>::finish() {
   return true;
 }
 
-template <class Team, int kLanes, int kQuads>
-DPDIFF_DEVICE void Sinkhorn<Team, kLanes, kQuads>::store_plan(float* plan, int i, int j, const Quad& p) const {
+template <class Team, int kLanes, int kQuads, int kHeld>
+DPDIFF_DEVICE void Sinkhorn<Team, kLanes, kQuads, kHeld>::store_plan(float* plan, int i, int j, const Quad& p) const {
   if (plan == nullptr || i >= rows_.n) return;
   float* to = plan + int64_t(i) * task_.m + j;
   if (task_.m % 4 == 0) {
@@ -73,8 +73,8 @@ DPDIFF_DEVICE void Sinkhorn<Team, kLanes, kQuads>::store_plan(float* plan, int i
 }
 
 // Writes a side's potentials and adds their part of the dual objective.
-template <class Team, int kLanes, int kQuads>
-DPDIFF_DEVICE void Sinkhorn<Team, kLanes, kQuads>::dual(const Side& side, const float* given, float* to, double& sum) const {
+template <class Team, int kLanes, int kQuads, int kHeld>
+DPDIFF_DEVICE void Sinkhorn<Team, kLanes, kQuads, kHeld>::dual(const Side& side, const float* given, float* to, double& sum) const {
   for_points(side.n, [&](int i) {
     const double potential = side.potential(i);
     to[i] = float(potential);
@@ -82,8 +82,8 @@ DPDIFF_DEVICE void Sinkhorn<Team, kLanes, kQuads>::dual(const Side& side, const 
   });
 }
 
-template <class Team, int kLanes, int kQuads>
-DPDIFF_DEVICE bool Sinkhorn<Team, kLanes, kQuads>::fail() {
+template <class Team, int kLanes, int kQuads, int kHeld>
+DPDIFF_DEVICE bool Sinkhorn<Team, kLanes, kQuads, kHeld>::fail() {
   if (task_.plan != nullptr) {
     float* plan = task_.plan + (problem_ * task_.n + first_) * task_.m;
     for (int64_t i = team_.thread(); i < int64_t(rows_.n) * task_.m; i += team_.threads()) plan[i] = NAN;

@@ -16,7 +16,7 @@ struct SinkhornTask {
   const float *cost, *a, *b;
   float *plan, *f, *g, *total, *value, *error;  // plan may be null
   int64_t* used;
-  float* room;  // the blocks' rows, where shared memory is too small for them
+  float* room;  // the blocks' rows, or those that threads hold, where shared memory is too small for them
   int n, m;
   int64_t n_iters;
   double eps, tol, tau_a, tau_b;  // tol 0: none; tau infinity: balanced
@@ -30,6 +30,10 @@ struct SinkhornDevice {
 
 constexpr int kMostColumns = 4096, kMostSharedColumns = 512, kMostWarps = 8, kMostBlocks = 8;
 
+// Where threads hold rows: lanes and quads as below, how often a warp holds those that it takes at once, and the widest rows.
+// 192 numbers a thread, which leaves as many registers as an iteration needs.
+constexpr int kHeldLanes = 16, kHeldQuads = 2, kHeldRounds = 6, kHeldColumns = 4 * kHeldLanes * kHeldQuads;
+
 // Rows that a thread takes at once, each with `quads` groups of four columns: as many as registers hold.
 DPDIFF_BOTH constexpr int sinkhorn_rows(int quads) { return 8 / quads; }
 
@@ -39,6 +43,7 @@ struct SinkhornShape {
   int lanes, quads;
   int size, threads;        // blocks of a cluster, threads of a block
   int rows, padded, width;  // of a block's kernel, of what else is known of its rows, and of a row
+  int held;                 // of its rows, the first, which threads hold in registers while they iterate
   bool shared;              // whether the rows are in shared memory, or in global memory
   bool relaxed_a, relaxed_b;
 
@@ -47,25 +52,30 @@ struct SinkhornShape {
   DPDIFF_BOTH int warps() const { return unsigned(threads) / 32; }
 
   // Floats of all that is known of the rows and of the columns but the kernel; of what a block tells the others, and of a
-  // board of it, where each block has a place, unless rows are so long that it stays on its own; of what a warp tells its
-  // block; of all in shared memory but the rows, with what Cluster and reduce_row need; and of the rows.
+  // board of it, where each block has a place, unless rows are so long that it stays on its own, or each warp of a block
+  // that is alone; of what warps tell their block elsewhere; of all in shared memory but the rows, with what Cluster and
+  // reduce_row need; of the rows; and of those that threads hold, in global memory.
   DPDIFF_BOTH int64_t side_of_rows() const { return int64_t(relaxed_a ? 8 : 5) * padded; }
   DPDIFF_BOTH int64_t side_of_columns() const { return int64_t(relaxed_b ? 8 : 6) * width; }
   DPDIFF_BOTH int message() const { return 4 + width; }
-  DPDIFF_BOTH int board() const { return (lanes > 32 ? 1 : size) * message(); }
-  DPDIFF_BOTH int part() const { return lanes > 32 ? 8 : message(); }
+  DPDIFF_BOTH int board() const { return (lanes > 32 ? 1 : size == 1 ? warps() : size) * message(); }
+  DPDIFF_BOTH int parts() const { return lanes > 32 ? 8 * warps() : size == 1 ? 0 : warps() * message(); }
   DPDIFF_BOTH int64_t columns() const {
-    return 4 + 2 * board() + side_of_columns() + warps() * part() + (lanes > 32 ? 8 * warps() : 0);
+    return 4 + 2 * board() + side_of_columns() + parts() + (lanes > 32 ? 8 * warps() : 0);
   }
-  DPDIFF_BOTH int64_t of_rows() const { return int64_t(rows) * width + side_of_rows(); }
+  DPDIFF_BOTH int64_t of_rows() const { return int64_t(rows - held) * width + side_of_rows(); }
+  DPDIFF_BOTH int64_t of_held() const { return int64_t(held) * width; }
   int64_t bytes() const { return 4 * (columns() + (shared ? of_rows() : 0)); }
 };
 
 inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
-inline SinkhornShape sinkhorn_shape_of(int n, int m, bool relaxed_a, bool relaxed_b, int size, bool shared) {
+inline SinkhornShape sinkhorn_shape_of(int n, int m, bool relaxed_a, bool relaxed_b, int size, bool shared,
+                                       int held_rounds = 0) {
   SinkhornShape shape{};
-  if (shared) {
+  if (held_rounds > 0) {
+    shape.lanes = kHeldLanes, shape.quads = kHeldQuads;
+  } else if (shared) {
     shape.lanes = m <= 128 ? 8 : m <= 256 ? 16 : 32;
     shape.quads = m <= 32 ? 1 : m <= 64 ? 2 : 4;
   } else {
@@ -80,7 +90,10 @@ inline SinkhornShape sinkhorn_shape_of(int n, int m, bool relaxed_a, bool relaxe
   shape.width = shape.lanes < 32 ? 4 * shape.lanes * shape.quads : m > 0 ? ceil_div(m, 4) * 4 : 4;
   // as few warps as take no more rounds than the most would
   const int rounds = ceil_div(spans, kMostWarps);
-  shape.threads = shape.lanes > 32 ? shape.lanes : 32 * ceil_div(spans, rounds);
+  const int warps = held_rounds > 0 ? kMostWarps : ceil_div(spans, rounds);
+  shape.threads = shape.lanes > 32 ? shape.lanes : 32 * warps;
+  if (held_rounds > 0) shape.rows = shape.padded;
+  shape.held = held_rounds * warps * shape.span();
   shape.shared = shared;
   shape.relaxed_a = relaxed_a, shape.relaxed_b = relaxed_b;
   return shape;
@@ -102,6 +115,12 @@ inline SinkhornShape sinkhorn_shape(int64_t batch, int n, int m, bool relaxed_a,
   }
   const bool shared = size > 0;
   if (!shared) size = largest;
+  const SinkhornShape held = sinkhorn_shape_of(n, m, false, false, 1, true, kHeldRounds);
+  const bool turns = !shared || (size > 1 && size * batch > 2 * device.multiprocessors);
+  if (turns && !relaxed_a && !relaxed_b && m > kHeldColumns / 2 &&
+      m <= kHeldColumns && n > held.held && held.bytes() <= device.per_block) {
+    return held;
+  }
   while (2 * size <= largest && 2 * size * batch <= device.multiprocessors && n >= 2 * size * kLeastRows) size *= 2;
   return sinkhorn_shape_of(n, m, relaxed_a, relaxed_b, size, shared);
 }

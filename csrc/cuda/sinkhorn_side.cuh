@@ -67,9 +67,14 @@ struct SinkhornSide {
 struct SinkhornExtents {
   float least_sum = INFINITY, most_sum = 0, least = INFINITY, most = 0;
 
-  DPDIFF_DEVICE void include(float sum, float scaling) {
+  DPDIFF_DEVICE void include(bool counts, float sum, float scaling, bool relaxed) {
+    if (!counts) return;
     least_sum = fminf(least_sum, sum), most_sum = fmaxf(most_sum, sum);
-    least = fminf(least, scaling), most = fmaxf(most, scaling);
+    if (relaxed) least = fminf(least, scaling), most = fmaxf(most, scaling);
+  }
+  // Balanced sides' scalings are the reciprocals of the sums.
+  DPDIFF_DEVICE void finish(bool relaxed) {
+    if (!relaxed) least = reciprocal(most_sum), most = reciprocal(least_sum);
   }
   // Sums are right from `right` on.
   DPDIFF_DEVICE bool bad(float right) const {

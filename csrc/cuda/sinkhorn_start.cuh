@@ -6,8 +6,8 @@
 namespace dpdiff {
 
 // False where a weight has no meaning.
-template <class Team, int kLanes, int kQuads>
-DPDIFF_DEVICE bool Sinkhorn<Team, kLanes, kQuads>::read_weights() {
+template <class Team, int kLanes, int kQuads, int kHeld>
+DPDIFF_DEVICE bool Sinkhorn<Team, kLanes, kQuads, kHeld>::read_weights() {
   const float* a = task_.a + problem_ * task_.n + first_;
   const float* b = task_.b + problem_ * task_.m;
   double sums[4] = {};  // masses and numbers of zeros
@@ -35,8 +35,8 @@ DPDIFF_DEVICE bool Sinkhorn<Team, kLanes, kQuads>::read_weights() {
 }
 
 // The kernel of zero potentials, in one pass, where float32 holds it: small finite costs. Otherwise false.
-template <class Team, int kLanes, int kQuads>
-DPDIFF_DEVICE bool Sinkhorn<Team, kLanes, kQuads>::build_unshifted() {
+template <class Team, int kLanes, int kQuads, int kHeld>
+DPDIFF_DEVICE bool Sinkhorn<Team, kLanes, kQuads, kHeld>::build_unshifted() {
   if (!(state_.mass_a > 0 && state_.mass_b > 0)) return false;
   const float limit = fminf(float(kMostExponent * task_.eps), 0x1p126f);
   float unused[kColumns] = {};
@@ -64,8 +64,8 @@ DPDIFF_DEVICE bool Sinkhorn<Team, kLanes, kQuads>::build_unshifted() {
 }
 
 // The first potentials; the kernel's place gets the costs. False where a cost has no meaning.
-template <class Team, int kLanes, int kQuads>
-DPDIFF_APART bool Sinkhorn<Team, kLanes, kQuads>::start() {
+template <class Team, int kLanes, int kQuads, int kHeld>
+DPDIFF_APART bool Sinkhorn<Team, kLanes, kQuads, kHeld>::start() {
   float nearest[kColumns];
 #pragma unroll
   for (float& x : nearest) x = INFINITY;
@@ -123,15 +123,15 @@ DPDIFF_APART bool Sinkhorn<Team, kLanes, kQuads>::start() {
 }
 
 // f0 of rows without weight, which g0 doesn't look at: min_j (cost_ij - g0_j), so that their K is at most 1 too.
-template <class Team, int kLanes, int kQuads>
-DPDIFF_DEVICE void Sinkhorn<Team, kLanes, kQuads>::lower_zero_rows() {
+template <class Team, int kLanes, int kQuads, int kHeld>
+DPDIFF_DEVICE void Sinkhorn<Team, kLanes, kQuads, kHeld>::lower_zero_rows() {
   for_rows([&](int first) {
     float least[kRows];
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       least[r] = INFINITY;
       for_quads([&](int j, int) {
-        const Quad c = *quad(first, r, j), g = four_columns(columns_.high(), j), w = four_columns(columns_.weight(), j);
+        const Quad c = *quad(place(first), first, r, j), g = four_columns(columns_.high(), j), w = four_columns(columns_.weight(), j);
 #pragma unroll
         for (int e = 0; e < 4; ++e) least[r] = w.x[e] > 0 ? fminf(least[r], c.x[e] - g.x[e]) : least[r];
       });

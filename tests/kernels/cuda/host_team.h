@@ -159,18 +159,23 @@ class HostTeam {
     for (double other : blocks_.meet(blocks_.block(rank_), thread_, double(x))) any |= other != 0;
     return any;
   }
+  template <int kGroup>
+  float of_lane(float x, int lane) const {
+    return of_warp(x, thread_ % 32 / kGroup * kGroup + lane);
+  }
   template <typename T>
-  T of_lane(T x, int lane) const {
+  T swap_lanes(T x, int mask) const {
+    return of_warp(x, thread_ % 32 ^ mask);
+  }
+
+ private:
+  template <typename T>
+  T of_warp(T x, int lane) const {
     const double slot = blocks_.meet(blocks_.warp(rank_, thread_), thread_ % 32, x)[lane];
     memcpy(&x, &slot, sizeof(T));
     return x;
   }
-  template <typename T>
-  T swap_lanes(T x, int mask) const {
-    return of_lane(x, thread_ % 32 ^ mask);
-  }
 
- private:
   HostBlocks& blocks_;
   const int rank_, thread_;
 };
