@@ -55,7 +55,7 @@ typedef void (*Kernel)(SinkhornTask, SinkhornShape);
 
 Kernel kernel_for(const SinkhornShape& shape) {
   if (!shape.shared) return shape.lanes == 32 ? sinkhorn_kernel<32, 4, false> : sinkhorn_kernel<32 * kMostWarps, 4, false>;
-  if (shape.held > 0) return sinkhorn_kernel<16, 2, true, kHeldRounds>;
+  if (shape.held > 0) return sinkhorn_kernel<kHeldLanes, kHeldQuads, true, kHeldTwice>;
   if (shape.quads == 1) return sinkhorn_kernel<8, 1, true>;
   if (shape.quads == 2) return sinkhorn_kernel<8, 2, true>;
   if (shape.lanes == 8) return sinkhorn_kernel<8, 4, true>;

@@ -22,7 +22,7 @@ class Sinkhorn : SinkhornBlock<Team, kLanes, kQuads, kHeld> {
   typedef typename Block::Turns Turns;
   using Block::column_, Block::first_row, Block::kAcross, Block::kColumns, Block::kGroup, Block::kRows, Block::lane_, Block::leads_;
   using Block::fold, Block::folded, Block::folded_stats, Block::for_halves, Block::for_points, Block::for_quads;
-  using Block::for_rows, Block::inside, Block::kHalf, Block::of_row, Block::reduce_row, Block::row_, Block::shape_;
+  using Block::for_rows, Block::inside, Block::kHalf, Block::of_row, Block::reduce_row, Block::row_, Block::shape_, Block::step;
   using Block::sum_all, Block::team_, Block::turns_, Block::warp_, Block::width;
 
  public:
@@ -216,27 +216,31 @@ class Sinkhorn : SinkhornBlock<Team, kLanes, kQuads, kHeld> {
   }
 
   typedef float Rows[kRows][kColumns];
-  typedef Rows Held[kHeld > 0 ? kHeld : 1];
+  typedef Rows Held[kHeld > 0 ? kHeld : 1][2];
   DPDIFF_DEVICE void load_rows(float* kernel, int first, Rows& k) const {
 #pragma unroll
     for (int r = 0; r < kRows; ++r) load_kernel(kernel, first, r, k[r]);
   }
 
   // The rows' next scalings, and the column sums that these give.
-  DPDIFF_DEVICE void update_rows(const Held& held) {
+  DPDIFF_DEVICE void update_rows(Held& held) {
+    // The shared rows need the registers of the last round that is held, which comes back while others are at work.
+    if constexpr (kHeld > 0) load_rows(held_, first_row(2 * kHeld - 1), held[kHeld - 1][1]);
     float v[kColumns], sums[kColumns] = {};
     load_columns(columns_.moved(), v);
     Stats stats;
     Extents extents;
-    const auto update = [&](int first, const Rows& k) {
-      float dot[kRows];
+    // `k`: of one round, or of two at once, so that fewer lanes have the same row's sum
+    const auto update = [&](int first, const auto& k) {
+      constexpr int kCount = kRows * int(sizeof k / sizeof k[0]);
+      float dot[kCount];
 #pragma unroll
-      for (int r = 0; r < kRows; ++r) {
+      for (int r = 0; r < kCount; ++r) {
         dot[r] = 0;
 #pragma unroll
-        for (int e = 0; e < kColumns; ++e) dot[r] = fmaf(k[r][e], v[e], dot[r]);
+        for (int e = 0; e < kColumns; ++e) dot[r] = fmaf(k[r / kRows][r % kRows][e], v[e], dot[r]);
       }
-      const int i = first + row_;
+      const int mine = lane_ % kGroup / (kGroup / kCount), i = first + mine / kRows * step() + mine % kRows;
       const float weight = rows_.weight()[i], before = rows_.scaling()[i], aim = rows_.aim(i);
       const float sum = reduce_row(dot, Sum());
       const float next = scaling_of(rows_, i, sum), u = weight > 0 ? weight * next : 0.0f;
@@ -246,20 +250,21 @@ class Sinkhorn : SinkhornBlock<Team, kLanes, kQuads, kHeld> {
       rows_.next_scaling()[i] = next;  // all threads with the sum alike, rather than some, which takes branches
       if (rows_.relaxed) rows_.next_target()[i] = u * sum;
 #pragma unroll
-      for (int r = 0; r < kRows; ++r) {
-        const float of_this = of_row(u, r);
+      for (int r = 0; r < kCount; ++r) {
+        const float of_this = team_.template of_lane<kGroup>(u, r * (kGroup / kCount));
 #pragma unroll
-        for (int e = 0; e < kColumns; ++e) sums[e] = fmaf(of_this, k[r][e], sums[e]);
+        for (int e = 0; e < kColumns; ++e) sums[e] = fmaf(of_this, k[r / kRows][r % kRows][e], sums[e]);
       }
     };
 #pragma unroll
-    for (int round = 0; round < kHeld; ++round) update(first_row(round), held[round]);
+    for (int pair = 0; pair < kHeld; ++pair) update(first_row(2 * pair), held[pair]);
+    stats.error *= 2, stats.moved *= 2;  // as if twice as many lanes had those
     const auto load_and_update = [&](int first) {
-      Rows k;
-      load_rows(kernel_, first, k);
+      Rows k[1];
+      load_rows(kernel_, first, k[0]);
       update(first, k);
     };
-    for_rows(load_and_update, kHeld);
+    for_rows(load_and_update, 2 * kHeld);
     if (!leads_) stats.error = stats.moved = 0;
     extents.finish(rows_.relaxed);
     stats.bad = extents.bad(state_.least_row_sum), stats.large = extents.large();
@@ -296,7 +301,7 @@ class Sinkhorn : SinkhornBlock<Team, kLanes, kQuads, kHeld> {
   DPDIFF_DEVICE Outcome iterate() {
     Held held;
 #pragma unroll
-    for (int round = 0; round < kHeld; ++round) load_rows(held_, first_row(round), held[round]);
+    for (int round = 0; round < 2 * kHeld - 1; ++round) load_rows(held_, first_row(round), held[round / 2][round % 2]);
     while (state_.used < task_.n_iters) {
       update_rows(held);
       const Stats rows = folded_stats();

@@ -30,9 +30,9 @@ struct SinkhornDevice {
 
 constexpr int kMostColumns = 4096, kMostSharedColumns = 512, kMostWarps = 8, kMostBlocks = 8;
 
-// Where threads hold rows: lanes and quads as below, how often a warp holds those that it takes at once, and the widest rows.
-// 192 numbers a thread, which leaves as many registers as an iteration needs.
-constexpr int kHeldLanes = 16, kHeldQuads = 2, kHeldRounds = 6, kHeldColumns = 4 * kHeldLanes * kHeldQuads;
+// Where threads hold rows: lanes and quads as below, the widest rows, and how often a warp holds twice those that it takes at
+// once: 192 numbers a thread.
+constexpr int kHeldLanes = 16, kHeldQuads = 2, kHeldColumns = 4 * kHeldLanes * kHeldQuads, kHeldTwice = 3;
 
 // Rows that a thread takes at once, each with `quads` groups of four columns: as many as registers hold.
 DPDIFF_BOTH constexpr int sinkhorn_rows(int quads) { return 8 / quads; }
@@ -71,9 +71,9 @@ struct SinkhornShape {
 inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 inline SinkhornShape sinkhorn_shape_of(int n, int m, bool relaxed_a, bool relaxed_b, int size, bool shared,
-                                       int held_rounds = 0) {
+                                       int held_twice = 0) {
   SinkhornShape shape{};
-  if (held_rounds > 0) {
+  if (held_twice > 0) {
     shape.lanes = kHeldLanes, shape.quads = kHeldQuads;
   } else if (shared) {
     shape.lanes = m <= 128 ? 8 : m <= 256 ? 16 : 32;
@@ -90,10 +90,10 @@ inline SinkhornShape sinkhorn_shape_of(int n, int m, bool relaxed_a, bool relaxe
   shape.width = shape.lanes < 32 ? 4 * shape.lanes * shape.quads : m > 0 ? ceil_div(m, 4) * 4 : 4;
   // as few warps as take no more rounds than the most would
   const int rounds = ceil_div(spans, kMostWarps);
-  const int warps = held_rounds > 0 ? kMostWarps : ceil_div(spans, rounds);
+  const int warps = held_twice > 0 ? kMostWarps : ceil_div(spans, rounds);
   shape.threads = shape.lanes > 32 ? shape.lanes : 32 * warps;
-  if (held_rounds > 0) shape.rows = shape.padded;
-  shape.held = held_rounds * warps * shape.span();
+  if (held_twice > 0) shape.rows = shape.padded;
+  shape.held = 2 * held_twice * warps * shape.span();
   shape.shared = shared;
   shape.relaxed_a = relaxed_a, shape.relaxed_b = relaxed_b;
   return shape;
@@ -115,7 +115,7 @@ inline SinkhornShape sinkhorn_shape(int64_t batch, int n, int m, bool relaxed_a,
   }
   const bool shared = size > 0;
   if (!shared) size = largest;
-  const SinkhornShape held = sinkhorn_shape_of(n, m, false, false, 1, true, kHeldRounds);
+  const SinkhornShape held = sinkhorn_shape_of(n, m, false, false, 1, true, kHeldTwice);
   const bool turns = !shared || (size > 1 && size * batch > 2 * device.multiprocessors);
   if (turns && !relaxed_a && !relaxed_b && m > kHeldColumns / 2 &&
       m <= kHeldColumns && n > held.held && held.bytes() <= device.per_block) {
