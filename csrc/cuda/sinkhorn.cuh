@@ -139,8 +139,8 @@ class Sinkhorn : SinkhornBlock<Team, kLanes, kQuads, kHeld> {
   DPDIFF_DEVICE float* place(int first) const { return kHeld > 0 && first < shape_.held ? held_ : kernel_; }
   // Where four numbers of the kernel are, of row `first` + r: what is beyond the edges reads others' and never writes.
   DPDIFF_DEVICE Quad* quad(float* kernel, int first, int r, int j) const {
-    const int row = (within(first) ? first : 0) + r;
-    return reinterpret_cast<Quad*>(kernel + int64_t(row) * width() + (inside(j) ? j : 0));
+    float* const from = kernel + (int64_t(within(first) ? first : 0) * width() + column_) + r * width();
+    return reinterpret_cast<Quad*>(from + (inside(j) ? j - column_ : -column_));
   }
   DPDIFF_DEVICE void load_kernel(float* kernel, int first, int r, float (&k)[kColumns]) const {
     for_quads([&](int j, int at) {

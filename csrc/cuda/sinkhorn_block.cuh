@@ -46,10 +46,10 @@ class SinkhornBlock {
   DPDIFF_DEVICE SinkhornBlock(const Team& team, const SinkhornShape& shape, float* partial)
       : team_(team),
         shape_(shape),
-        warp_(team.thread() / 32),
-        lane_(team.thread() % 32),
+        warp_(unsigned(team.thread()) / 32),
+        lane_(unsigned(team.thread()) % 32),
         row_(lane_ % kGroup / kShare),
-        column_(4 * (team.thread() % kLanes)),
+        column_(4 * (unsigned(team.thread()) % kLanes)),
         leads_(lane_ % kShare == 0 && (!kAcross || warp_ == 0)),
         partial_(partial),
         scratch_(partial + shape.parts()) {}
