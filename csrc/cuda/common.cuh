@@ -20,11 +20,17 @@ struct alignas(16) Quad {
   float x[4];
 };
 
-// To a unit in the last place, log_2 near 0 to 2^-22. Of denormal numbers, reciprocal makes zeros, in and out.
+// To a unit in the last place, exp_2 to two, log_2 near 0 to 2^-22. Of denormal numbers, reciprocal and exp_2 make zeros, in
+// and out.
 #ifdef __CUDACC__
 DPDIFF_DEVICE float reciprocal(float x) {
   float y;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+DPDIFF_DEVICE float exp_2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 DPDIFF_DEVICE float log_2(float x) {
@@ -34,6 +40,7 @@ DPDIFF_DEVICE float log_2(float x) {
 }
 #else
 inline float reciprocal(float x) { return 1.0f / x; }
+inline float exp_2(float x) { return exp2f(x); }
 inline float log_2(float x) { return log2f(x); }
 #endif
 

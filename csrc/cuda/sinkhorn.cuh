@@ -118,19 +118,19 @@ class Sinkhorn : SinkhornBlock<Team, kLanes, kQuads, kHeld> {
 
   // --------------------------------------------------------------------------------------- costs and the kernel
 
-  // Row i of the costs, this thread's columns; infinity beyond the edges.
-  DPDIFF_DEVICE void load_costs(int i, float (&c)[kColumns]) const {
+  // Row i of the costs, this thread's columns.
+  DPDIFF_DEVICE void load_costs(int i, float (&c)[kColumns], float beyond = INFINITY) const {
     const float* row = cost_ + int64_t(i) * task_.m;
     const bool whole = task_.m % 4 == 0;  // then rows begin at multiples of 16 bytes: the launch has seen to the first
     for_quads([&](int j, int at) {
       if (whole) {
-        Quad x{INFINITY, INFINITY, INFINITY, INFINITY};
+        Quad x{beyond, beyond, beyond, beyond};
         if (i < rows_.n && j < task_.m) x = *reinterpret_cast<const Quad*>(row + j);
 #pragma unroll
         for (int e = 0; e < 4; ++e) c[at + e] = x.x[e];
       } else {
 #pragma unroll
-        for (int e = 0; e < 4; ++e) c[at + e] = i < rows_.n && j + e < task_.m ? row[j + e] : INFINITY;
+        for (int e = 0; e < 4; ++e) c[at + e] = i < rows_.n && j + e < task_.m ? row[j + e] : beyond;
       }
     });
   }
@@ -175,8 +175,13 @@ class Sinkhorn : SinkhornBlock<Team, kLanes, kQuads, kHeld> {
   DPDIFF_DEVICE float power(float x, float rest) const {
     const float y = x * scale_;
     const float lost = fmaf(x, scale_, -y) + (x * scale_rest_ + rest * scale_);
-    const float p = exp2f(fminf(y, 126.0f));
+    const float p = exp_2(fminf(y, 126.0f));
     return y > -150.0f ? fmaf(p, lost * kLn2, p) : 0.0f;  // else infinite minus infinite
+  }
+  // exp(x / eps), where that is far from what float32 doesn't hold
+  DPDIFF_DEVICE float moderate_power(float x) const {
+    const float y = x * scale_, p = exp_2(y);
+    return fmaf(p, fmaf(x, scale_rest_, fmaf(x, scale_, -y)) * kLn2, p);
   }
 
   // The kernel of f0 and g0, from the costs, or from their copies in its place.

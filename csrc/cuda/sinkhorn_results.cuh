@@ -12,7 +12,9 @@ DPDIFF_DEVICE bool Sinkhorn<Team, kLanes, kQuads, kHeld>::finish() {
   float* plan = task_.plan == nullptr ? nullptr : task_.plan + (problem_ * task_.n + first_) * task_.m;
   double results[4] = {};  // error, mass, cost, dual objective
   for_rows([&](int first) {
-#pragma unroll 1
+    Rows k;
+    load_rows(place(first), first, k);
+#pragma unroll
     for (int r = 0; r < kRows; ++r) {
       const int i = first + r;
       const Pair f = rows_.base(i);
@@ -20,15 +22,14 @@ DPDIFF_DEVICE bool Sinkhorn<Team, kLanes, kQuads, kHeld>::finish() {
       float mass[1] = {}, total = 0;
       for_quads([&](int j, int at) {
         if (!inside(j)) return;
-        Quad p = *quad(place(first), first, r, j);
+        Quad p;
         const Quad v = four_columns(columns_.moved(), j);
         const Quad high = four_columns(columns_.high(), j), low = four_columns(columns_.low(), j);
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          const float k = p.x[e];
           const Pair sum = Pair::sum(f.high, high.x[e]);
-          const float c = (sum.high - unit * log_2(k)) + (sum.low + (f.low + low.x[e]));
-          p.x[e] = u * k * v.x[e];
+          const float c = (sum.high - unit * log_2(k[r][at + e])) + (sum.low + (f.low + low.x[e]));
+          p.x[e] = u * k[r][at + e] * v.x[e];
           mass[0] += p.x[e];
           sums[at + e] += p.x[e];
           total += p.x[e] > 0 ? p.x[e] * c : 0.0f;

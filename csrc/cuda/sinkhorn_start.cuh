@@ -40,25 +40,23 @@ DPDIFF_DEVICE bool Sinkhorn<Team, kLanes, kQuads, kHeld>::build_unshifted() {
   if (!(state_.mass_a > 0 && state_.mass_b > 0)) return false;
   const float limit = fminf(float(kMostExponent * task_.eps), 0x1p126f);
   float unused[kColumns] = {};
-  Stats stats;
+  bool all = true;
   for_halves([&](int first, int from) {
     float c[kHalf][kColumns];
 #pragma unroll
-    for (int r = 0; r < kHalf; ++r) load_costs(first + from + r, c[r]);
+    for (int r = 0; r < kHalf; ++r) load_costs(first + from + r, c[r], 0.0f);  // no weight is beyond: any number does
 #pragma unroll
     for (int r = 0; r < kHalf; ++r) {
-      const bool inside = first + from + r < rows_.n;
-      for_quads([&](int j, int at) {
 #pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          float& x = c[r][at + e];
-          stats.bad += inside && j + e < columns_.n && !(fabsf(x) <= limit);
-          x = power(-x, 0.0f);
-        }
-      });
+      for (int e = 0; e < kColumns; ++e) {
+        all = all && fabsf(c[r][e]) <= limit;
+        c[r][e] = moderate_power(-c[r][e]);
+      }
       store_kernel(first, from + r, c[r]);
     }
   });
+  Stats stats;
+  stats.bad = !all;
   fold(unused, Sum(), stats);
   return folded_stats().bad == 0;
 }
