@@ -42,7 +42,7 @@ struct Make {
   }
 };
 
-// Two blocks share a multiprocessor's registers, where they may share its memory.
+// Two blocks share a multiprocessor's registers, where they may share its memory, and don't hold rows in them.
 template <int kLanes, int kQuads, bool kShared, int kHeld = 0>
 __global__ void __launch_bounds__(32 * kMostWarps, kShared && kHeld == 0 ? 2 : 1)
     sinkhorn_kernel(const __grid_constant__ SinkhornTask task, const __grid_constant__ SinkhornShape shape) {

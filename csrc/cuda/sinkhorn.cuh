@@ -4,8 +4,10 @@
 // min_i (cost_ij - f0_i): K is then at most 1, and 1 somewhere in each row and column, whatever eps is.
 //
 // K stays where its threads are. An iteration reads it once: the sum of a row gives its phi, and with that its part of the
-// column sums. Those of the blocks meet on their boards, and every block updates all columns. What float32 scalings can't
-// represent is iterated in the log domain (sinkhorn_logs.cuh). No atomics: the same input gives the same bits.
+// column sums. Those of the blocks meet on their boards, and every block updates all columns. Where shared memory is too
+// small for a problem, but not by more than registers hold, threads keep the first rows in these while they iterate, and one
+// block has all of a multiprocessor. What float32 scalings can't represent is iterated in the log domain
+// (sinkhorn_logs.cuh). No atomics: the same input gives the same bits.
 #pragma once
 
 #include "sinkhorn_block.cuh"
@@ -20,10 +22,10 @@ class Sinkhorn : SinkhornBlock<Team, kLanes, kQuads, kHeld> {
   typedef SinkhornExtents Extents;
   typedef SinkhornStats Stats;
   typedef typename Block::Turns Turns;
-  using Block::column_, Block::first_row, Block::kAcross, Block::kColumns, Block::kGroup, Block::kRows, Block::lane_, Block::leads_;
-  using Block::fold, Block::folded, Block::folded_stats, Block::for_halves, Block::for_points, Block::for_quads;
-  using Block::for_rows, Block::inside, Block::kHalf, Block::of_row, Block::reduce_row, Block::row_, Block::shape_, Block::step;
-  using Block::sum_all, Block::team_, Block::turns_, Block::warp_, Block::width;
+  using Block::column_, Block::kAcross, Block::kColumns, Block::kGroup, Block::kRows, Block::lane_, Block::leads_;
+  using Block::first_row, Block::fold, Block::folded, Block::folded_stats, Block::for_halves, Block::for_points;
+  using Block::for_quads, Block::for_rows, Block::inside, Block::kHalf, Block::of_row, Block::reduce_row, Block::row_;
+  using Block::shape_, Block::step, Block::sum_all, Block::team_, Block::turns_, Block::warp_, Block::width;
 
  public:
   DPDIFF_DEVICE Sinkhorn(const Team& team, const SinkhornTask& task, const SinkhornShape& shape, int64_t problem,
@@ -32,6 +34,7 @@ class Sinkhorn : SinkhornBlock<Team, kLanes, kQuads, kHeld> {
         task_(task),
         problem_(problem),
         first_(min_of(int64_t(team.rank()) * divide(task.n, shape.size), task.n)),
+        // only balanced sides have rows that are held: powers take registers
         rows_(room, min_of(divide(task.n, shape.size), task.n - first_), shape.padded, kHeld == 0 && shape.relaxed_a,
               task.tau_a, task.eps),
         columns_(shared, task.m, width(), kHeld == 0 && shape.relaxed_b, task.tau_b, task.eps),
@@ -134,8 +137,9 @@ class Sinkhorn : SinkhornBlock<Team, kLanes, kQuads, kHeld> {
       }
     });
   }
+  // Whether the kernel has rows from `first` on.
   DPDIFF_DEVICE bool within(int first) const { return kHeld > 0 || first < shape_.rows; }
-  // From where rows of the kernel are counted, the rows from `first` on.
+  // From where the kernel's rows are counted, for those from `first` on: in shared memory, held ones would come before.
   DPDIFF_DEVICE float* place(int first) const { return kHeld > 0 && first < shape_.held ? held_ : kernel_; }
   // Where four numbers of the kernel are, of row `first` + r: what is beyond the edges reads others' and never writes.
   DPDIFF_DEVICE Quad* quad(float* kernel, int first, int r, int j) const {
@@ -378,7 +382,7 @@ class Sinkhorn : SinkhornBlock<Team, kLanes, kQuads, kHeld> {
   const int first_;  // of the block's rows
   Side rows_, columns_;
   float* const kernel_;
-  float* const held_;  // in global memory: the rows that threads hold while they iterate
+  float* const held_;  // in global memory: the rows that threads hold while they iterate, then and otherwise
   const float* const cost_;
   const float scale_, scale_rest_;  // log2(e) / eps
   State state_;

@@ -31,7 +31,7 @@ struct SinkhornStats {
   float large = 0;  // in how many a scaling has to be absorbed
 };
 
-// kHeld: how many times a warp's threads hold, in registers, the rows that it takes at once.
+// kHeld: how often the threads of a block, which is alone then, hold rows of two rounds (see SinkhornShape::held).
 template <class Team, int kLanes, int kQuads, int kHeld>
 class SinkhornBlock {
  protected:
@@ -54,18 +54,18 @@ class SinkhornBlock {
         partial_(partial),
         scratch_(partial + shape.parts()) {}
 
-  // The first of the kRows rows that this thread takes in a round, all threads alike.
+  // In a round, each warp takes kSpan rows, and each thread kRows, from first_row on; the next round is a step further.
   DPDIFF_DEVICE int step() const { return kAcross ? kSpan : kSpan * warps(); }
   DPDIFF_DEVICE int first_row(int round) const {
     return (kAcross ? 0 : warp_ * kSpan) + lane_ / kGroup * kRows + round * step();
   }
-  // work(first_row) of each round from one on
+  // work(first_row) of each round from the given on, all threads of a warp alike
   template <class Work>
   DPDIFF_DEVICE void for_rows(const Work& work, int round = 0) const {
 #pragma unroll 1
     for (int i = first_row(round); i < shape_.padded; i += step()) work(i);
   }
-  // work(the same, where to go on) for each half of these rows, since registers don't hold costs of all
+  // work(the same, where to go on) for each half of these rows, since registers that blocks share don't hold costs of all
   static constexpr int kHalf = kHeld > 0 ? kRows : kRows / 2;
   template <class Work>
   DPDIFF_DEVICE void for_halves(const Work& work) const {
@@ -86,13 +86,14 @@ class SinkhornBlock {
 #pragma unroll
     for (int q = 0; q < kQuads; ++q) work(column_ + q * 4 * kLanes, 4 * q);
   }
-  // work(i, true) for each i < n, four at a time, so that their loads overlap: where there aren't four, work(n - 1, false).
+  // work(i, true) for each i < n, some at once, so that their loads overlap: where there aren't as many, work(n - 1, false).
   template <class Work>
-  DPDIFF_DEVICE static void for_fours(int n, const Work& work) {
+  DPDIFF_DEVICE static void for_some(int n, const Work& work) {
+    constexpr int kSome = kHeld > 0 ? kMostWarps : 4;
 #pragma unroll 1
-    for (int first = 0; first < n; first += 4) {
+    for (int first = 0; first < n; first += kSome) {
 #pragma unroll
-      for (int i = first; i < first + 4; ++i) work(i < n ? i : n - 1, i < n);
+      for (int i = first; i < first + kSome; ++i) work(i < n ? i : n - 1, i < n);
     }
   }
   // The shape's, of which the compiler knows more here.
@@ -194,7 +195,7 @@ class SinkhornBlock {
     tell(1 + (kAcross ? 0 : width() / 4), [&](int q) {
       const float nothing = q > 0 ? Op::kNothing : 0.0f;
       Quad met{nothing, nothing, nothing, nothing};
-      for_fours(warps(), [&](int w, bool is) {
+      for_some(warps(), [&](int w, bool is) {
         const Quad of_warp = reinterpret_cast<const Quad*>(partial_ + w * part())[q];
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
@@ -209,7 +210,7 @@ class SinkhornBlock {
   template <class Op>
   DPDIFF_DEVICE float folded(int j, Op op) const {
     float x = Op::kNothing;
-    for_fours(messages(), [&](int i, bool is) {
+    for_some(messages(), [&](int i, bool is) {
       const float both = op(x, message(i)[4 + j]);
       x = is ? both : x;
     });
@@ -217,7 +218,7 @@ class SinkhornBlock {
   }
   DPDIFF_DEVICE SinkhornStats folded_stats() const {
     SinkhornStats sum;
-    for_fours(messages(), [&](int i, bool is) {
+    for_some(messages(), [&](int i, bool is) {
       const Quad x = *reinterpret_cast<const Quad*>(message(i));
       if (!is) return;
       sum.error += x.x[0], sum.moved += x.x[1], sum.bad += x.x[2], sum.large += x.x[3];

@@ -11,12 +11,13 @@ DPDIFF_DEVICE bool Sinkhorn<Team, kLanes, kQuads, kHeld>::finish() {
   const float unit = float(task_.eps) * kLn2;
   float* plan = task_.plan == nullptr ? nullptr : task_.plan + (problem_ * task_.n + first_) * task_.m;
   double results[4] = {};  // error, mass, cost, dual objective
-  for_rows([&](int first) {
-    Rows k;
-    load_rows(place(first), first, k);
+  for_halves([&](int first, int from) {
+    float k[kHalf][kColumns];
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      const int i = first + r;
+    for (int r = 0; r < kHalf; ++r) load_kernel(place(first), first, from + r, k[r]);
+#pragma unroll
+    for (int r = 0; r < kHalf; ++r) {
+      const int i = first + from + r;
       const Pair f = rows_.base(i);
       const float weight = rows_.weight()[i], u = weight > 0 ? weight * rows_.scaling()[i] : 0.0f;
       float mass[1] = {}, total = 0;
@@ -75,7 +76,8 @@ DPDIFF_DEVICE void Sinkhorn<Team, kLanes, kQuads, kHeld>::store_plan(float* plan
 
 // Writes a side's potentials and adds their part of the dual objective.
 template <class Team, int kLanes, int kQuads, int kHeld>
-DPDIFF_DEVICE void Sinkhorn<Team, kLanes, kQuads, kHeld>::dual(const Side& side, const float* given, float* to, double& sum) const {
+DPDIFF_DEVICE void Sinkhorn<Team, kLanes, kQuads, kHeld>::dual(const Side& side, const float* given, float* to,
+                                                               double& sum) const {
   for_points(side.n, [&](int i) {
     const double potential = side.potential(i);
     to[i] = float(potential);

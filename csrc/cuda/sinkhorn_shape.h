@@ -30,8 +30,8 @@ struct SinkhornDevice {
 
 constexpr int kMostColumns = 4096, kMostSharedColumns = 512, kMostWarps = 8, kMostBlocks = 8;
 
-// Where threads hold rows: lanes and quads as below, the widest rows, and how often a warp holds twice those that it takes at
-// once: 192 numbers a thread.
+// Where threads hold rows: lanes and quads as below, the widest rows, and how often a warp holds twice those that it takes
+// at once: 192 numbers a thread.
 constexpr int kHeldLanes = 16, kHeldQuads = 2, kHeldColumns = 4 * kHeldLanes * kHeldQuads, kHeldTwice = 3;
 
 // Rows that a thread takes at once, each with `quads` groups of four columns: as many as registers hold.
@@ -43,7 +43,7 @@ struct SinkhornShape {
   int lanes, quads;
   int size, threads;        // blocks of a cluster, threads of a block
   int rows, padded, width;  // of a block's kernel, of what else is known of its rows, and of a row
-  int held;                 // of its rows, the first, which threads hold in registers while they iterate
+  int held;                 // of the kernel's rows: the first, in registers during iterations, else in global memory
   bool shared;              // whether the rows are in shared memory, or in global memory
   bool relaxed_a, relaxed_b;
 
@@ -100,8 +100,9 @@ inline SinkhornShape sinkhorn_shape_of(int n, int m, bool relaxed_a, bool relaxe
 }
 
 // The smallest cluster of which two blocks share a multiprocessor, so that one computes while the other waits; else the
-// smallest that fits at all; larger ones where the batch leaves multiprocessors idle. What fits nowhere stays in global
-// memory, and in the L2 cache as far as that goes.
+// smallest that fits at all; larger ones where the batch leaves multiprocessors idle. Where clusters would take turns, one
+// block whose threads hold rows, if that fits, since it waits for no others. What fits nowhere stays in global memory, and
+// in the L2 cache as far as that goes.
 inline SinkhornShape sinkhorn_shape(int64_t batch, int n, int m, bool relaxed_a, bool relaxed_b,
                                     const SinkhornDevice& device) {
   constexpr int kLeastRows = 32;
@@ -117,10 +118,8 @@ inline SinkhornShape sinkhorn_shape(int64_t batch, int n, int m, bool relaxed_a,
   if (!shared) size = largest;
   const SinkhornShape held = sinkhorn_shape_of(n, m, false, false, 1, true, kHeldTwice);
   const bool turns = !shared || (size > 1 && size * batch > 2 * device.multiprocessors);
-  if (turns && !relaxed_a && !relaxed_b && m > kHeldColumns / 2 &&
-      m <= kHeldColumns && n > held.held && held.bytes() <= device.per_block) {
-    return held;
-  }
+  const bool fits = m <= kHeldColumns && n > held.held && held.bytes() <= device.per_block && !relaxed_a && !relaxed_b;
+  if (turns && fits && m > kHeldColumns / 2) return held;
   while (2 * size <= largest && 2 * size * batch <= device.multiprocessors && n >= 2 * size * kLeastRows) size *= 2;
   return sinkhorn_shape_of(n, m, relaxed_a, relaxed_b, size, shared);
 }

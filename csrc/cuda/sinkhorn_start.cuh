@@ -129,7 +129,8 @@ DPDIFF_DEVICE void Sinkhorn<Team, kLanes, kQuads, kHeld>::lower_zero_rows() {
     for (int r = 0; r < kRows; ++r) {
       least[r] = INFINITY;
       for_quads([&](int j, int) {
-        const Quad c = *quad(place(first), first, r, j), g = four_columns(columns_.high(), j), w = four_columns(columns_.weight(), j);
+        const Quad c = *quad(place(first), first, r, j);
+        const Quad g = four_columns(columns_.high(), j), w = four_columns(columns_.weight(), j);
 #pragma unroll
         for (int e = 0; e < 4; ++e) least[r] = w.x[e] > 0 ? fminf(least[r], c.x[e] - g.x[e]) : least[r];
       });
