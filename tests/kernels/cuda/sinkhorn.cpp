@@ -39,13 +39,13 @@ void solve(const SinkhornTask& task, const SinkhornShape& shape, int64_t problem
 
 using namespace dpdiff;
 
-// On clusters of `size` blocks, whose rows are in shared or in global memory, or, where `held` isn't 0, held so many rounds.
-// Returns false, and says why, where something went wrong.
+// On clusters of `size` blocks, whose rows are in shared or in global memory; with `held`, warps hold rows as often, once or as
+// on GPUs. Returns false, and says why, where something went wrong.
 extern "C" bool sinkhorn(const SinkhornTask* task, int64_t batch, int size, bool shared, int held, unsigned seed) {
   const SinkhornShape shape =
       sinkhorn_shape_of(task->n, task->m, task->tau_a < INFINITY, task->tau_b < INFINITY, size, shared, held);
   const auto run = held == 1           ? solve<kHeldLanes, kHeldQuads, 1>
-                   : held == 2         ? solve<kHeldLanes, kHeldQuads, 2>
+                   : held > 1          ? solve<kHeldLanes, kHeldQuads, kHeldTwice>
                    : shape.quads == 1  ? solve<8, 1>
                    : shape.quads == 2  ? solve<8, 2>
                    : shape.lanes == 8  ? solve<8, 4>
