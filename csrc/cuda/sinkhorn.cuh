@@ -267,14 +267,15 @@ class Sinkhorn : SinkhornBlock<Team, kLanes, kQuads, kHeld> {
     };
 #pragma unroll
     for (int pair = 0; pair < kHeld; ++pair) update(first_row(2 * pair), held[pair]);
-    stats.error *= 2, stats.moved *= 2;  // as if twice as many lanes had those
+    stats.error *= 2, stats.moved *= 2;  // half as many threads have added the same
     const auto load_and_update = [&](int first) {
       Rows k[1];
       load_rows(kernel_, first, k[0]);
       update(first, k);
     };
     for_rows(load_and_update, 2 * kHeld);
-    if (!leads_) stats.error = stats.moved = 0;
+    constexpr float kOnce = float(kRows) / kLanes;  // all threads of a row have added the same
+    stats.error *= kOnce, stats.moved *= kOnce;
     extents.finish(rows_.relaxed);
     stats.bad = extents.bad(state_.least_row_sum), stats.large = extents.large();
     fold(sums, Sum(), stats);
