@@ -68,8 +68,9 @@ def solve(library):
     """The operator as dpdiff::sinkhorn, on clusters of `size` blocks whose threads take turns in an order by `seed`."""
 
     def sinkhorn(
-        cost, a=None, b=None, eps=0.05, n_iters=50, tol=None, tau_a=None, tau_b=None, size=1, seed=0, shared=True, held=0
-    ):
+        cost, a=None, b=None, eps=0.05, n_iters=50, tol=None, tau_a=None, tau_b=None,
+        size=1, seed=0, shared=True, held=0,
+    ):  # fmt: skip
         batch, n, m = cost.shape
         a = torch.full((batch, n), 1 / n) if a is None else a
         b = torch.full((batch, m), 1 / m) if b is None else b
@@ -141,7 +142,8 @@ def test_rows_in_registers(solve, n, m, held):
     a[:, 5] = b[:, 2] = 0
     a, b = a / a.sum(-1, keepdim=True), b / b.sum(-1, keepdim=True)
     error = in_float64(cost, a, b, eps=0.1, n_iters=1).error.item()
-    for eps, tol in ((0.1, None), (2e-3, None), (0.1, 0.999 * error), (0.1, 1.001 * error)):  # from zero potentials, or others
+    # costs from zero potentials, and from others; going on, and stopping
+    for eps, tol in ((0.1, None), (2e-3, None), (0.1, 0.999 * error), (0.1, 1.001 * error)):
         options = {"eps": eps, "n_iters": 3, "tol": tol}
         t = solve(cost, a, b, **options, held=held)
         assert_agrees(t, in_float64(cost, a, b, **options))
@@ -276,8 +278,8 @@ def test_every_problem_fits_its_blocks(library, device, relaxed):
 
 
 def test_patches_of_an_image_against_prototypes_stay_on_a_multiprocessor(library):
-    """784 x 128 floats are 401 KB: a cluster of four, of which two blocks share a multiprocessor, or, of more problems than
-    such clusters fit at once, about half of them in registers."""
+    """784 x 128 floats are 401 KB: a cluster of four, of which two blocks share a multiprocessor, or, of more problems
+    than such clusters fit at once, about half of them in registers."""
     for batch in (32, 64):
         shape, shared = spread(library, batch, 784, 128, H100)
         assert shape.shared and shape.size == 4 and 2 * (shared + 1024) <= H100[1] and shape.held == 0
