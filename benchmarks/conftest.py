@@ -23,6 +23,9 @@ ROOT = Path(__file__).parents[1]
 if str(ROOT) not in sys.path:
     sys.path.append(str(ROOT))  # last: an installed dpdiff keeps its place
 
+# POT would have these reserve most of a GPU's memory as it is imported, where they are installed.
+os.environ |= dict.fromkeys(("POT_BACKEND_DISABLE_JAX", "POT_BACKEND_DISABLE_TENSORFLOW"), "1")
+
 import dpdiff_kernels as dk  # noqa: E402
 from benchmarks import results  # noqa: E402
 from benchmarks.contenders import OURS, chosen_backend  # noqa: E402
@@ -89,19 +92,29 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Gener
     elif report.failed:
         why = str(call.excinfo.value).strip().partition("\n")[0]
         item.config.stash[_RECORD].skipped[f"{operator}: {item.name}"] = f"failed: {call.excinfo.typename}: {why}"
+    if report.when == "teardown":
+        _save(item.config, "the run was stopped")
     return report
+
+
+def _save(config: pytest.Config, stopped: str | None) -> dict | None:
+    """What there is by now, for a run that is killed keeps it too; stopped: why there is no more."""
+    record = config.stash[_RECORD]
+    if not record.measurements:
+        return None
+    found = results.assemble(record, record.limits, ["pytest", *config.invocation_params.args])
+    if stopped is not None:
+        found["skipped"] = record.skipped | {"the cases that follow": stopped}
+    if config.getoption("results"):
+        results.save(found, config.getoption("results"))
+    return found
 
 
 @pytest.hookimpl(trylast=True)  # after the tables of pytest-benchmark
 def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pytest.Config) -> None:
-    record = config.stash[_RECORD]
-    if exitstatus == pytest.ExitCode.INTERRUPTED:
-        record.skipped["the cases that follow"] = "the run was interrupted"
-    if record.measurements:
-        found = results.assemble(record, record.limits, ["pytest", *config.invocation_params.args])
+    found = _save(config, "the run was interrupted" if exitstatus == pytest.ExitCode.INTERRUPTED else None)
+    if found is not None:
         terminalreporter.write(results.table(found))
-        if config.getoption("results"):
-            results.save(found, config.getoption("results"))
 
 
 @pytest.fixture(scope="session")

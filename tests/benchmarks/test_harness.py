@@ -104,19 +104,23 @@ def test_a_contender_that_fails_is_named_and_one_of_another_device_is_not(found)
     assert not any("GPUs" in name for name in found["skipped"])
 
 
-def test_an_interrupted_run_keeps_what_it_has(tmp_path):
-    """As `timeout --signal=INT` does: to the process, and to its group."""
+@pytest.mark.parametrize(
+    ("number", "status", "why"),
+    [(signal.SIGINT, 2, "the run was interrupted"), (signal.SIGKILL, -signal.SIGKILL, "the run was stopped")],
+)
+def test_a_run_that_is_ended_keeps_what_it_has(tmp_path, number, status, why):
+    """As `timeout --signal=INT` does, to the process and to its group, and where that has no effect."""
     process = start(tmp_path, BENCHMARK + HANGS)
     while not (tmp_path / "hangs").exists():
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.1)
-    os.kill(process.pid, signal.SIGINT)
-    os.killpg(process.pid, signal.SIGINT)
+    os.kill(process.pid, number)
+    os.killpg(process.pid, number)
     told = process.communicate(timeout=60)[0]
-    assert process.returncode == 2 and "KeyboardInterrupt" in told
+    assert process.returncode == status, told
     found = json.loads((tmp_path / "found.json").read_text())
     assert {case["case"] for case in found["cases"]} >= {"0.01 s", "0.02 s"}
-    assert found["skipped"]["the cases that follow"] == "the run was interrupted"
+    assert found["skipped"]["the cases that follow"] == why
 
 
 def test_with_benchmarks_disabled_everything_runs_and_nothing_is_timed(tmp_path):
