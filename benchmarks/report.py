@@ -30,7 +30,8 @@ _READING = """\
 - *of the limit*: the least time in which this machine could do the case's matrix products and move its operands and
   results, at the rates above, over the time taken. The rate for nearest prototypes of float32 tokens is bfloat16's, in
   which scores may be screened before they are settled in float32. On CPUs without bfloat16 products, float32's measured
-  rate stands for both. On GPUs attention makes float32 products of bfloat16 ones, and can exceed float32's rate.
+  rate stands for both. On GPUs attention and Sinkhorn of points make float32 products of narrower ones, and can exceed
+  float32's rate.
 
 **dpdiff** runs on the implementation that it chooses by itself, *dpdiff: reference* on its definition in plain PyTorch,
 which for `sinkhorn` is in float64. Contenders in italics don't solve the same problem, but a part of it or a plainer
@@ -40,9 +41,10 @@ one. Contenders have the same inputs, type and threads, and their answers are ch
 def read(paths: Iterable[Path]) -> tuple[list[dict], list[dict]]:
     """Runs of benchmarks and scaling studies. Raises ValueError where they are not of one machine."""
     found = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
-    machines = {tuple(one["machine"].get(name) for name in ("processor", "cuda:0")) for one in found}
+    # of a GPU's machine, a run may have been given any number of the processor's threads
+    machines = {one["machine"].get("cuda:0", one["machine"]["processor"]) for one in found}
     if len(machines) > 1:
-        raise ValueError(f"results of several machines: {', '.join(str(machine) for machine in sorted(machines))}")
+        raise ValueError(f"results of several machines: {'; '.join(sorted(machines))}")
     return [one for one in found if "cases" in one], [one for one in found if "rows" in one]
 
 
