@@ -265,7 +265,9 @@ class BackwardAttention {
 
 void attention_backward(const AttentionBackward& problem, int64_t begin, int64_t end) {
 #if defined(DPDIFF_AVX512)
-  if (problem.dtype == DType::bfloat16) return BackwardAttention<BFloat16Engine>(problem).run(begin, end);
+  if (problem.dtype == DType::bfloat16 && fast_bfloat16()) {
+    return BackwardAttention<BFloat16Engine>(problem).run(begin, end);
+  }
 #endif
   BackwardAttention<FloatEngine>(problem).run(begin, end);
 }

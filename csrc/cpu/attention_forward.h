@@ -215,7 +215,9 @@ class ForwardAttention {
 
 void attention_forward(const AttentionForward& problem, int64_t begin, int64_t end) {
 #if defined(DPDIFF_AVX512)
-  if (problem.dtype == DType::bfloat16) return ForwardAttention<BFloat16Engine>(problem).run(begin, end);
+  if (problem.dtype == DType::bfloat16 && fast_bfloat16()) {
+    return ForwardAttention<BFloat16Engine>(problem).run(begin, end);
+  }
 #endif
   ForwardAttention<FloatEngine>(problem).run(begin, end);
 }

@@ -44,6 +44,15 @@ Isa isa() {
   return best;
 }
 
+bool fast_bfloat16() {
+#if defined(__x86_64__)
+  static const bool fast = (__builtin_cpu_init(), __builtin_cpu_is("amd") != 0);
+  return fast;
+#else
+  return false;
+#endif
+}
+
 }  // namespace dpdiff
 
 STABLE_TORCH_LIBRARY_IMPL(dpdiff, CompositeExplicitAutograd, m) {

@@ -82,10 +82,9 @@ void search_images(const Nearest& in) {
 template <typename T>
 void nearest_of(const Nearest& in) {
 #if defined(DPDIFF_AVX512)
-  search_images<T, Bfloat16>(in);
-#else
-  search_images<T, Float32>(in);
+  if (fast_bfloat16()) return search_images<T, Bfloat16>(in);
 #endif
+  search_images<T, Float32>(in);
 }
 
 void nearest(const Nearest& in) {
