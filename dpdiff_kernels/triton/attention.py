@@ -49,7 +49,7 @@ def pick_tiles(arch: str, itemsize: int, block_e: int, two_softmaxes: bool, plai
             bank_gradient = Tile(32, 128, 8, 1) if plain else Tile(32, 32, 8, 1)
             return Tiles(Tile(64, 32, 4, 3), Tile(128, 32, 8, 3), bank_gradient)
         if block_e == 256:
-            return Tiles(Tile(16 if two_softmaxes else 32, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1))
+            return Tiles(Tile(32, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1))
         if block_e == 128:
             bank_gradient = Tile(32, 16, 8, 1) if arch.startswith("gfx") else Tile(16, 32, 8, 1)
             return Tiles(Tile(32, 16, 8, 1), Tile(32, 16, 8, 1), bank_gradient)
@@ -57,12 +57,12 @@ def pick_tiles(arch: str, itemsize: int, block_e: int, two_softmaxes: bool, plai
         if arch == "sm_80" and block_e != 32:
             forward = Tile(128, 32, 8, 2) if block_e == 16 else Tile(32, 32, 4, 2)
         if block_e == 32:  # larger ones spill, though not of 16 or 64 channels
-            return Tiles(forward, Tile(16, 32, 4, 1 if arch.startswith("gfx") else 2), Tile(16, 32, 4, 1))
+            return Tiles(forward, Tile(16, 32, 4, 2 if arch == "sm_80" else 1), Tile(16, 32, 4, 1))
         bank_gradient = Tile(32, 32, 4 if arch.startswith("gfx") else 8, 1)
         return Tiles(forward, Tile(32, 32, 8 if block_e == 64 else 4, 1), bank_gradient)
     if arch == "sm_80" and block_e > 16:  # without Hopper's products of four warps, larger ones spill
         if block_e <= 64:
-            return Tiles(Tile(128, 64, block_e // 8, 3), Tile(64, 32, 8 if block_e == 64 else 4, 2), Tile(32, 32, 4, 2))
+            return Tiles(Tile(128, 32, block_e // 8, 3), Tile(64, 32, block_e // 8, 2), Tile(32, 32, 4, 2))
         if block_e == 128:
             return Tiles(Tile(64, 64, 8, 3), Tile(64, 64, 8, 2), Tile(32, 32, 8, 2))
         return Tiles(Tile(32, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 16, 8, 2))

@@ -24,7 +24,10 @@ def load_rows(
     """Rows of CHANNELS at the given offsets, zeros after them and in rows that are not present (None: all are); from
     the channel `first` on WIDTH of BLOCK_E channels, or all."""
     e = first + tl.arange(0, BLOCK_E if WIDTH is None else WIDTH)
-    at = (rows + e[None, :]) + offsets[:, None]  # in this order, what stays in a loop is added before it
+    if offsets.dtype == tl.int32:  # added last, they take the fewest instructions
+        at = (rows + e[None, :]) + offsets[:, None]
+    else:
+        at = rows + offsets[:, None] + e[None, :]
     if present is None and CHANNELS == BLOCK_E:
         return tl.load(at)
     elif present is None:
