@@ -310,7 +310,7 @@ def _parts(slots: int, programs: int, blocks: int, elements: int) -> int:
     """Into how many parts the `blocks` of tokens are split, in the least time: programs run in rounds, of as many as
     there are slots; each takes as long as its blocks and about three more, and adding up costs a block for every
     200,000 elements of a part."""
-    most = max(1, min(blocks, _PARTS_BYTES // (8 * elements)))
+    most = max(1, min(blocks, slots, _PARTS_BYTES // (8 * elements)))
     rounds = lambda parts: ceil_div(programs * parts, slots)
     return min(range(1, most + 1), key=lambda n: rounds(n) * (ceil_div(blocks, n) + 3) + (n > 1) * n * elements / 2e5)
 

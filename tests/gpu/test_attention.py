@@ -104,6 +104,16 @@ def test_bfloat16_weights_of_any_size(device, banks):
     assert torch.equal(out[:1], dk.prototype_attention(**alone, backend="triton"))  # whatever else is in the tile
 
 
+@pytest.mark.parametrize("programs", [12, 48, 192, 480, 5000])
+def test_parts_of_a_gradient_leave_few_slots_idle(programs):
+    from dpdiff_kernels.triton.attention import _PARTS_BYTES, _parts
+
+    parts = _parts(264, programs, 196, 10_000)
+    assert -(-programs * parts // 264) * 264 < 1.2 * programs * parts
+    large = _PARTS_BYTES // 8 // 3
+    assert _parts(264, programs, 196, large) <= 3 and _parts(264, programs, 1, 10_000) == 1
+
+
 def test_deterministic(device):
     first, second = (check(inputs(device)) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second))
