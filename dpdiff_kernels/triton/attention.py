@@ -57,12 +57,13 @@ def pick_tiles(arch: str, itemsize: int, block_e: int, two_softmaxes: bool, plai
         if arch == "sm_80" and block_e != 32:
             forward = Tile(128, 32, 8, 2) if block_e == 16 else Tile(32, 32, 4, 2)
         if block_e == 32:  # larger ones spill, though not of 16 or 64 channels
-            return Tiles(forward, Tile(16, 32, 4, 2 if arch == "sm_80" else 1), Tile(16, 32, 4, 1))
+            return Tiles(forward, Tile(16, 32, 4, 1 if arch.startswith("gfx") else 2), Tile(16, 32, 4, 1))
         bank_gradient = Tile(32, 32, 4 if arch.startswith("gfx") else 8, 1)
         return Tiles(forward, Tile(32, 32, 8 if block_e == 64 else 4, 1), bank_gradient)
     if arch == "sm_80" and block_e > 16:  # without Hopper's products of four warps, larger ones spill
         if block_e <= 64:
-            return Tiles(Tile(128, 32, block_e // 8, 3), Tile(64, 32, block_e // 8, 2), Tile(32, 32, 4, 2))
+            forward = Tile(128, 32, 8, 3) if block_e == 64 else Tile(128 if two_softmaxes else 64, 32, 4, 2)
+            return Tiles(forward, Tile(64, 32, block_e // 8, 2), Tile(32, 32, 4, 2))
         if block_e == 128:
             return Tiles(Tile(64, 64, 8, 3), Tile(64, 64, 8, 2), Tile(32, 32, 8, 2))
         return Tiles(Tile(32, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 16, 8, 2))
