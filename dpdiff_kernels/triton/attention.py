@@ -69,7 +69,7 @@ def pick_tiles(arch: str, itemsize: int, block_e: int, two_softmaxes: bool, plai
         return Tiles(Tile(32, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 16, 8, 2))
     if arch.startswith("gfx"):  # larger ones spill
         bank_gradient = Tile(32, 16 if block_e in (16, 256) else 32, 4, 1)
-        return Tiles(Tile(64, 32, 4, 1), Tile(32, 32, 4, 1), bank_gradient)
+        return Tiles(Tile(64, 16 if block_e == 16 else 32, 4, 1), Tile(32, 32, 4, 1), bank_gradient)
     if block_e <= 64:
         bank_gradient = Tile(64, 64, 4, 3) if plain else Tile(64 if block_e == 64 else 32, 32, 4, 2)
         return Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), bank_gradient)
