@@ -92,7 +92,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Gener
     elif report.failed:
         why = str(call.excinfo.value).strip().partition("\n")[0]
         item.config.stash[_RECORD].skipped[f"{operator}: {item.name}"] = f"failed: {call.excinfo.typename}: {why}"
-    if report.when == "teardown":
+    if report.when == "teardown" and item.config.getoption("results"):
         _save(item.config, "the run was stopped")
     return report
 

@@ -141,7 +141,8 @@ class Sinkhorn : SinkhornBlock<Team, kLanes, kQuads, kHeld> {
   DPDIFF_DEVICE bool within(int first) const { return kHeld > 0 || first < shape_.rows; }
   // From where the kernel's rows are counted, for those from `first` on: in shared memory, held ones would come before.
   DPDIFF_DEVICE float* place(int first) const { return kHeld > 0 && first < shape_.held ? held_ : kernel_; }
-  // Where four numbers of the kernel are, of row `first` + r: what is beyond the edges reads others' and never writes.
+  // Where four numbers of the kernel are, of row `first` + r: what is beyond the edges reads others' and never writes. The
+  // thread's first column is added first: its other places then are constants away.
   DPDIFF_DEVICE Quad* quad(float* kernel, int first, int r, int j) const {
     float* const from = kernel + (int64_t(within(first) ? first : 0) * width() + column_) + r * width();
     return reinterpret_cast<Quad*>(from + (inside(j) ? j - column_ : -column_));

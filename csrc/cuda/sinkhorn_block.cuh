@@ -121,7 +121,8 @@ class SinkhornBlock {
       }
     }
   }
-  // The same over all threads of a row: kCount is kRows, and each lane gets row_, or it is 1.
+  // The same over all threads of a row. Each lane gets the one of the kCount numbers that its place among these threads
+  // falls on (row_, where they are kRows), or the only one.
   template <int kCount, class Op>
   DPDIFF_DEVICE float reduce_row(float (&x)[kCount], Op op) {
     reduce_lanes<kGroup / 2, 1>(x, op);

@@ -42,8 +42,8 @@ class Tiles(NamedTuple):
 
 def pick_tiles(arch: str, itemsize: int, block_e: int, two_softmaxes: bool, plain: bool) -> Tiles:
     """The one table to tune: by architecture, bytes of an element, and channels up to the next power of two, of tiles
-    that don't spill. On sm_90 those of up to 64 channels are the fastest on an H200, but for gradients of banks, which
-    have the fewest instructions. plain: all images see the same banks, and none has fewer than `_LONG` tokens."""
+    that don't spill. On sm_90 those of 64 channels are the fastest of these on an H200. plain: all images see the same
+    banks, and none has fewer than `_LONG` tokens."""
     if itemsize == 4:
         if block_e == 64 and arch == "sm_90":
             bank_gradient = Tile(32, 128, 8, 1) if plain else Tile(32, 32, 8, 1)
@@ -281,8 +281,9 @@ def _bank_gradients(
     elif mask is not None:
         mask = None
     elif shared:
-        slots = 2 * multiprocessors_of(query.device)
-        parts = _parts(slots, int(programs), int(ceil_div(batch * n_tokens, tile.tokens)), int(key.numel()))
+        blocks = ceil_div(batch * n_tokens, tile.tokens)
+        # ints: torch.compile's numbers are no keys of a cache
+        parts = _parts(2 * multiprocessors_of(query.device), int(programs), int(blocks), int(key.numel()))
     size = key.shape if parts == 1 else (parts, *key.shape)
     dtype = key.dtype if parts == 1 else torch.float32
     new = query.new_empty if lists is None else query.new_zeros

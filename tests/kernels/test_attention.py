@@ -62,9 +62,8 @@ def test_errors_are_no_larger_than_those_of_scaled_dot_product_attention(backend
 
     exact = run(theirs, torch.float64)
     ours, rival = run(lambda *t: dk.prototype_attention(*t, backend=backend), dtype), run(theirs, dtype)
-    most = 2 if backend == "reference" else 1.5  # of torch's own products, whose rounding processors differ in
     for our, their, want in zip(ours, rival, exact):
-        assert (our - want).square().mean().sqrt() <= most * (their - want).square().mean().sqrt()
+        assert (our - want).square().mean().sqrt() <= 1.5 * (their - want).square().mean().sqrt()
 
 
 @pytest.mark.parametrize("lead", [(), (2,), (2, 3), (0,), (2, 0)])
