@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import os
+import signal
 import statistics
 import sys
 import time
@@ -110,9 +111,16 @@ def _save(config: pytest.Config, stopped: str | None) -> dict | None:
     return found
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_keyboard_interrupt() -> None:
+    """`timeout` interrupts a process, and then its group: a second time, by which what there is would be lost."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 @pytest.hookimpl(trylast=True)  # after the tables of pytest-benchmark
 def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pytest.Config) -> None:
-    found = _save(config, "the run was interrupted" if exitstatus == pytest.ExitCode.INTERRUPTED else None)
+    complete = exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED)
+    found = _save(config, None if complete else "the run was interrupted")
     if found is not None:
         terminalreporter.write(results.table(found))
 

@@ -115,6 +115,7 @@ def test_a_run_that_is_ended_keeps_what_it_has(tmp_path, number, status, why):
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.1)
     os.kill(process.pid, number)
+    time.sleep(0.1)
     os.killpg(process.pid, number)
     told = process.communicate(timeout=60)[0]
     assert process.returncode == status, told
