@@ -77,7 +77,7 @@ def scaling(
         int | None, typer.Option(metavar="N", min=1, help="Of training; the model's own by default.")
     ] = None,
     trained_up_to: Annotated[
-        int, typer.Option(metavar="N", min=0, help="Accuracy of N categories, by models of each size up to it; or 0.")
+        int, typer.Option(metavar="N", min=0, help="Train models of sizes up to N, for accuracy; or 0.")
     ] = 160,
     json: Json = None,
     plot: Annotated[Path | None, typer.Option(metavar="STEM", help="Write STEM.png and STEM.svg.")] = None,

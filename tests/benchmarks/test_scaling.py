@@ -1,10 +1,14 @@
-"""The scaling study's plot and lines; the study itself takes minutes."""
+"""The scaling study's plot, lines and order; the study itself takes hours."""
 
 from copy import deepcopy
+from functools import partial
 
 import pytest
+import torch
 
 from benchmarks import scaling
+from dpdiff import Prediction
+from dpdiff.data.products import Products
 
 ROWS = [
     {"model": "dpdiff", "categories": n, "training": 20.0, "inference": 30.0, "peak_memory": 2**30, "aupro": 0.9}
@@ -66,3 +70,24 @@ def test_a_study_goes_on_where_it_stopped(monkeypatch):
     assert rows[0]["training"] == 20.0 and rows[0]["aupro"] == pytest.approx((0.5 + 0.145) / 2)
     assert "aupro" not in saved[2]["rows"][2]  # a mean of half of the categories can't be compared
     assert rows[6]["aupro"] == pytest.approx(0.095)
+
+
+def test_a_model_of_more_categories_than_are_compared_is_scored_on_these(monkeypatch, tmp_path):
+    class Detector(torch.nn.Module):
+        def predict(self, images):
+            return Prediction(images.mean((1, 2, 3)), images.mean(1))
+
+    trained = []
+    small = partial(Products, root=tmp_path, size=32, n_train=1, n_good=1, n_defective=1)
+    monkeypatch.setattr(scaling, "Products", small)
+    monkeypatch.setattr(scaling, "_dpdiff", lambda catalogue, steps: (trained.append(catalogue), (Detector(), 32))[1])
+    monkeypatch.setattr(scaling, "_apart", lambda function, *args: function(*args))
+    monkeypatch.setattr(scaling, "rates", lambda *args: {"training": 2.0, "inference": 1.0, "peak_memory": 2**30})
+    monkeypatch.setattr(scaling, "_SCORED", 3)
+    found = scaling.study((2, 5), ["dpdiff"], None, 5)
+    names = small(5).categories
+    assert [sorted(catalogue.categories) for catalogue in trained] == [
+        sorted(names[:2]), sorted(names[2:4]), sorted(names)
+    ]  # fmt: skip
+    for row in found["rows"]:
+        assert sorted(row["by_category"]) == sorted(names[:3]) and 0 <= row["aupro"] <= 1
