@@ -82,7 +82,10 @@ void search_images(const Nearest& in) {
 template <typename T>
 void nearest_of(const Nearest& in) {
 #if defined(DPDIFF_AVX512)
-  if (fast_bfloat16()) return search_images<T, Bfloat16>(in);
+  if (bfloat16_as() == BFloat16As::pairs) return search_images<T, Bfloat16>(in);
+#endif
+#if defined(DPDIFF_AMX)
+  if (bfloat16_as() == BFloat16As::matrices) return search_images<T, Bfloat16InTiles>(in);
 #endif
   search_images<T, Float32>(in);
 }
