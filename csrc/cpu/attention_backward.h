@@ -15,22 +15,22 @@ class BackwardAttention {
         units_(units_of<Engine>(channels_)),
         padded_(round_up(channels_, kWidth * Engine::kPack)),
         prototypes_(packed_count(problem)) {
-    key_tiles_ = scratch_.take(prototypes_ * units_);
-    value_tiles_ = scratch_.take(prototypes_ * units_);
-    key_rows_ = scratch_.take(prototypes_ / Engine::kPack * padded_);
-    key_gradient_ = scratch_.take(prototypes_ * padded_);
-    value_gradient_ = scratch_.take(prototypes_ * padded_);
-    staged_ = scratch_.take(kLanes * padded_);
-    query_columns_ = scratch_.take(kSubBlocks * units_ * kLanes);
-    out_columns_ = scratch_.take(kSubBlocks * units_ * kLanes);
-    answer_columns_ = scratch_.take(units_ * kLanes);
-    query_rows_ = scratch_.take(kSubBlocks * kLanes / Engine::kPack * padded_);
-    out_rows_ = scratch_.take(kSubBlocks * kLanes / Engine::kPack * padded_);
-    query_gradient_ = scratch_.take(kSubBlocks * padded_ * kLanes);
-    scores_ = scratch_.take(kBlock * kLanes);
-    slopes_ = scratch_.take(kBlock * kLanes);
-    weight_rows_ = scratch_.take(kBlock * kChunkUnits);
-    slope_rows_ = scratch_.take(kBlock * kChunkUnits);
+    key_tiles_ = arena_.take<float>(prototypes_ * units_);
+    value_tiles_ = arena_.take<float>(prototypes_ * units_);
+    key_rows_ = arena_.take<float>(prototypes_ / Engine::kPack * padded_);
+    key_gradient_ = arena_.take<float>(prototypes_ * padded_);
+    value_gradient_ = arena_.take<float>(prototypes_ * padded_);
+    staged_ = arena_.take<float>(kLanes * padded_);
+    query_columns_ = arena_.take<float>(kSubBlocks * units_ * kLanes);
+    out_columns_ = arena_.take<float>(kSubBlocks * units_ * kLanes);
+    answer_columns_ = arena_.take<float>(units_ * kLanes);
+    query_rows_ = arena_.take<float>(kSubBlocks * kLanes / Engine::kPack * padded_);
+    out_rows_ = arena_.take<float>(kSubBlocks * kLanes / Engine::kPack * padded_);
+    query_gradient_ = arena_.take<float>(kSubBlocks * padded_ * kLanes);
+    scores_ = arena_.take<float>(kBlock * kLanes);
+    slopes_ = arena_.take<float>(kBlock * kLanes);
+    weight_rows_ = arena_.take<float>(kBlock * kChunkUnits);
+    slope_rows_ = arena_.take<float>(kBlock * kChunkUnits);
   }
 
   // Parts [begin, end) of the heads.
@@ -181,7 +181,7 @@ class BackwardAttention {
   template <int Vectors>
   DPDIFF_INLINE void differentiate(int s, int64_t count, int n) {
     const Lanes& lanes = lanes_[n];
-    const float exponent_scale = problem_.scale * kLog2E;
+    const float exponent_scale = problem_.scale * float(kLog2e);
     Element *weights = reinterpret_cast<Element*>(weight_rows_) + n * kLanes;
     Element *slopes = reinterpret_cast<Element*>(slope_rows_) + n * kLanes;
     vfloat reference[Vectors], factor[Vectors], delta[Vectors];
@@ -262,7 +262,7 @@ class BackwardAttention {
   const AttentionBackward& problem_;
   const int64_t channels_, units_, padded_, prototypes_;
   typename Engine::Setup setup_;
-  Scratch scratch_;
+  Arena arena_;
   float *key_tiles_, *value_tiles_, *key_rows_, *key_gradient_, *value_gradient_, *staged_;
   float *query_columns_, *out_columns_, *answer_columns_, *query_rows_, *out_rows_, *query_gradient_;
   float *scores_, *slopes_, *weight_rows_, *slope_rows_;
@@ -286,15 +286,14 @@ void attention_backward(const AttentionBackward& problem, int64_t begin, int64_t
 // Adds up the parts of a shared bank's gradient, of prototypes [begin, end) of (H, n_prototypes).
 void attention_add_parts(const AttentionBackward& problem, const BankGradient& to, int64_t begin, int64_t end) {
   const int64_t n = problem.channels;
-  Scratch scratch;
-  float* sums = scratch.take(n);
+  std::vector<float> sums(n);
   const auto add = [&](const float* rows, const Rows& gradient, int64_t head, int64_t i) {
-    memset(sums, 0, n * sizeof(float));
+    std::fill(sums.begin(), sums.end(), 0.0f);
     for (int64_t k = to.first[i]; k < to.first[i + 1]; ++k) {
       const float* terms = rows + (head * to.rows + to.places[k]) * n;
       for (int64_t e = 0; e < n; ++e) sums[e] += terms[e];
     }
-    store_row(problem.dtype, sums, n, gradient.at(0, head, to.prototypes[i]));
+    store_row(problem.dtype, sums.data(), n, gradient.at(0, head, to.prototypes[i]));
   };
   for (int64_t i = begin; i < end; ++i) {
     add(to.key_rows, to.key, i / to.n_prototypes, i % to.n_prototypes);

@@ -9,16 +9,16 @@ class ForwardAttention {
         channels_(problem.channels),
         units_(units_of<Engine>(channels_)),
         padded_(round_up(channels_, kWidth * Engine::kPack)),
-        exponent_scale_(problem.scale * kLog2E) {
+        exponent_scale_(problem.scale * float(kLog2e)) {
     const int64_t prototypes = packed_count(problem);
-    key_tiles_ = scratch_.take(prototypes * units_);
-    value_rows_ = scratch_.take(prototypes / Engine::kPack * padded_);
-    staged_ = scratch_.take(kLanes * padded_);
-    query_columns_ = scratch_.take(kSubBlocks * units_ * kLanes);
-    scores_ = scratch_.take(kBlock * kLanes);
-    weights_ = Engine::kPack == 1 ? scores_ : scratch_.take(kBlock / 2 * kLanes);
-    answers_[0] = scratch_.take(kSubBlocks * padded_ * kLanes);
-    answers_[1] = problem.gate == nullptr ? nullptr : scratch_.take(kSubBlocks * padded_ * kLanes);
+    key_tiles_ = arena_.take<float>(prototypes * units_);
+    value_rows_ = arena_.take<float>(prototypes / Engine::kPack * padded_);
+    staged_ = arena_.take<float>(kLanes * padded_);
+    query_columns_ = arena_.take<float>(kSubBlocks * units_ * kLanes);
+    scores_ = arena_.take<float>(kBlock * kLanes);
+    weights_ = Engine::kPack == 1 ? scores_ : arena_.take<float>(kBlock / 2 * kLanes);
+    answers_[0] = arena_.take<float>(kSubBlocks * padded_ * kLanes);
+    answers_[1] = problem.gate == nullptr ? nullptr : arena_.take<float>(kSubBlocks * padded_ * kLanes);
   }
 
   // Chunks [begin, end) of kChunk tokens, instance by instance.
@@ -207,7 +207,7 @@ class ForwardAttention {
   const int64_t channels_, units_, padded_;
   const float exponent_scale_;
   typename Engine::Setup setup_;
-  Scratch scratch_;
+  Arena arena_;
   float *key_tiles_, *value_rows_, *staged_, *query_columns_, *scores_, *weights_;
   float* answers_[2];  // of each softmax
   Lanes lanes_[kSubBlocks];

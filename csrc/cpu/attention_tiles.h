@@ -17,10 +17,8 @@ constexpr int kRows = 4, kVectors = 2;
 constexpr int kLanes = kVectors * kWidth;
 constexpr int kBlock = 128;  // prototypes whose scores are held at a time
 constexpr int kGroup = 2 * kWidth;  // prototypes that are packed at a time
-constexpr float kLog2E = 1.44269504f;
 
 DPDIFF_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-DPDIFF_INLINE int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 struct FloatEngine {
   typedef float Element;

@@ -127,7 +127,7 @@ class Bank {
   typedef typename Screen::Element Element;
 
   // n prototypes: rows[first] to rows[first + n - 1], or first to first + n - 1 where rows is null.
-  Bank(const T* prototypes, const int32_t* rows, int64_t first, int64_t n, int64_t d, Metric metric)
+  Bank(const T* prototypes, const int64_t* rows, int64_t first, int64_t n, int64_t d, Metric metric)
       : prototypes_(prototypes),
         rows_(rows),
         first_(first),
@@ -224,7 +224,7 @@ class Bank {
   static float upper(float a, float b) { return a >= b || a != a ? a : b; }
 
   const T* prototypes_;
-  const int32_t* rows_;
+  const int64_t* rows_;
   const int64_t first_;
 
  public:
