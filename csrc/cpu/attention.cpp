@@ -104,7 +104,8 @@ struct Inputs {
     }
     if (groups) {
       const Tensor group = dense(*groups), active = dense(*active_groups);
-      routes.emplace(group.const_data_ptr<int64_t>(), group.numel(), active.const_data_ptr<int64_t>(), active.size(0), active.size(1));
+      routes.emplace(group.const_data_ptr<int64_t>(), group.numel(), active.const_data_ptr<int64_t>(), active.size(0),
+                     active.size(1));
       problem.active = routes->rows.data();
       problem.offsets = routes->begin.data();
     }

@@ -140,7 +140,8 @@ class BackwardAttention {
   void dots(const BankView& bank, const Lanes& lanes, const float* gradient, const Rows& other, float* products) {
     stage(bank, other, lanes, answer_columns_);
     for (int v = 0; v < lanes.vectors; ++v) {
-      store(products + v * kWidth, lane_scores<Engine>(units_, staged_ + v * kWidth * units_, answer_columns_ + v * kWidth, gradient + v * kWidth));
+      const float *rows = staged_ + v * kWidth * units_, *columns = answer_columns_ + v * kWidth;
+      store(products + v * kWidth, lane_scores<Engine>(units_, rows, columns, gradient + v * kWidth));
     }
   }
 
@@ -213,16 +214,18 @@ class BackwardAttention {
       memset(rows + k * padded_, 0, padded_ * sizeof(float));
       for (int64_t i = 0; i < count; ++i) weights[i * kChunkUnits + k] = 0;
     }
-    for (int64_t i = 0; i < count; i += Engine::kTile, weights += Engine::kTile * kChunkUnits, gradient += Engine::kTile * padded_) {
+    for (int64_t i = 0; i < count; i += Engine::kTile) {
+      const float* own_weights = weights + i * kChunkUnits;
+      float* own = gradient + i * padded_;
       for (int64_t v = 0; v < vectors;) {
         constexpr int kMost = Engine::kInTiles ? 4 : kVectors;
         const int64_t left = vectors - v;
         if (kMost >= 3 && left >= kMost && (kMost == 4 || left != 4)) {
-          outer_tile<kMost>(steps, weights, rows + v * kWidth, gradient + v * kWidth), v += kMost;
+          outer_tile<kMost>(steps, own_weights, rows + v * kWidth, own + v * kWidth), v += kMost;
         } else if (left >= 2) {
-          outer_tile<2>(steps, weights, rows + v * kWidth, gradient + v * kWidth), v += 2;
+          outer_tile<2>(steps, own_weights, rows + v * kWidth, own + v * kWidth), v += 2;
         } else {
-          outer_tile<1>(steps, weights, rows + v * kWidth, gradient + v * kWidth), v += 1;
+          outer_tile<1>(steps, own_weights, rows + v * kWidth, own + v * kWidth), v += 1;
         }
       }
     }
@@ -276,7 +279,7 @@ void attention_backward(const AttentionBackward& problem, int64_t begin, int64_t
   }
 #endif
 #if defined(DPDIFF_AMX)
-  if (problem.dtype == DType::bfloat16 && bfloat16_as() == BFloat16As::matrices) {
+  if (problem.dtype == DType::bfloat16 && bfloat16_as() == BFloat16As::tiles) {
     return BackwardAttention<BFloat16TileEngine>(problem).run(begin, end);
   }
 #endif

@@ -220,7 +220,7 @@ void attention_forward(const AttentionForward& problem, int64_t begin, int64_t e
   }
 #endif
 #if defined(DPDIFF_AMX)
-  if (problem.dtype == DType::bfloat16 && bfloat16_as() == BFloat16As::matrices) {
+  if (problem.dtype == DType::bfloat16 && bfloat16_as() == BFloat16As::tiles) {
     return ForwardAttention<BFloat16TileEngine>(problem).run(begin, end);
   }
 #endif

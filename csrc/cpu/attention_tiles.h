@@ -329,7 +329,10 @@ void pack_bank(const BankView& bank, Rows Bank::*part, int64_t padded, float* st
       if (tiles != nullptr) memcpy(tiles + i * units, stage, kGroup * units * sizeof(float));
       for (int64_t e = 0; own_rows != nullptr && e < padded; e += kWidth) {
         vfloat square[kWidth];
-        for (int j = 0; j < kWidth; ++j) square[j] = Engine::pair(staged + 2 * j * padded + e, staged + (2 * j + 1) * padded + e);
+        for (int j = 0; j < kWidth; ++j) {
+          const Element* pair = staged + 2 * j * padded + e;
+          square[j] = Engine::pair(pair, pair + padded);
+        }
         transpose(square);
         for (int j = 0; j < kWidth; ++j) store(own_rows + (e + j) * kWidth, square[j]);
       }

@@ -25,7 +25,7 @@ const char* name(Isa isa) {
   }
 }
 
-// Whether there are AMX's matrices of bfloat16, and the system lets this process have their registers: it has to be asked.
+// Whether there are AMX's tiles of bfloat16, and the system lets this process have them: it has to be asked.
 bool amx() {
 #if defined(DPDIFF_COMPILES_AMX)
   constexpr unsigned kBFloat16 = 1u << 22, kTile = 1u << 24;
@@ -68,7 +68,7 @@ Isa isa() {
 }
 
 BFloat16As bfloat16_as() {
-  if (isa() == Isa::amx) return BFloat16As::matrices;
+  if (isa() == Isa::amx) return BFloat16As::tiles;
 #if defined(__x86_64__)
   static const bool amd = (__builtin_cpu_init(), __builtin_cpu_is("amd") != 0);
   if (isa() == Isa::avx512 && amd) return BFloat16As::pairs;

@@ -7,12 +7,12 @@
 #endif
 
 namespace dpdiff {
-enum class Isa { portable, avx2, avx512, amx };  // amx: avx512, and matrices of bfloat16
+enum class Isa { portable, avx2, avx512, amx };  // amx: avx512, and tiles of bfloat16
 Isa isa();
 
-// What bfloat16 is multiplied as, where there is avx512: AMX's matrices; else pairs on AMD's processors. Other Intel ones
+// What bfloat16 is multiplied as, where there is avx512: AMX's tiles; else pairs on AMD's processors. Other Intel ones
 // multiply as many floats at the same time as pairs or more (attention's passes took 1.6 to 2.2 times as long in pairs on
 // an Emerald Rapids).
-enum class BFloat16As { floats, pairs, matrices };
+enum class BFloat16As { floats, pairs, tiles };
 BFloat16As bfloat16_as();
 }  // namespace dpdiff

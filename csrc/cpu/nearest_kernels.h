@@ -84,7 +84,7 @@ void nearest_of(const Nearest& in) {
   if (bfloat16_as() == BFloat16As::pairs) return search_images<T, Bfloat16>(in);
 #endif
 #if defined(DPDIFF_AMX)
-  if (bfloat16_as() == BFloat16As::matrices) return search_images<T, Bfloat16InTiles>(in);
+  if (bfloat16_as() == BFloat16As::tiles) return search_images<T, Bfloat16InTiles>(in);
 #endif
   search_images<T, Float32>(in);
 }
