@@ -220,24 +220,7 @@ def _flatten(tokens: Tensor, prototypes: Tensor, active_groups: Tensor | None) -
 
 
 def _implementation(name: str, backend: str) -> Callable:
-    """The operator of that name and backend; the native library's complaint about routes (which it alone looks at) is
-    the user's error."""
-    if backend == "reference":
-        return getattr(reference, name)
-    operator = _OPERATORS[backend][name]
-    if backend == "triton" or torch.compiler.is_compiling():
-        return operator
-
-    def run(*arguments):
-        try:
-            return operator(*arguments)
-        except RuntimeError as error:
-            _, found, rest = str(error).partition("active_groups leaves")
-            if not found:
-                raise
-            raise ValueError(found + rest.splitlines()[0]) from None
-
-    return run
+    return getattr(reference, name) if backend == "reference" else _OPERATORS[backend][name]
 
 
 def _register_fakes() -> None:

@@ -15,44 +15,20 @@
 #include <utility>
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
+
+#include "memory.h"
+#include "routes.h"
+#include "tensors.h"
 
 #define DPDIFF_KERNELS "attention_kernels.h"
 #include "foreach_isa.h"
 
 namespace dpdiff {
-
-Scratch::~Scratch() {
-  for (int i = 0; i < count_; ++i) free(taken_[i]);
-}
-
-float* Scratch::take(int64_t floats) {
-  const size_t bytes = (size_t(floats) * sizeof(float) / 64 + 1) * 64;
-  void* memory = count_ < kMost ? aligned_alloc(64, bytes) : nullptr;
-  if (memory == nullptr) throw std::bad_alloc();
-  taken_[count_++] = memory;
-  return static_cast<float*>(memory);
-}
-
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-typedef std::optional<Tensor> MaybeTensor;
-
-DType dtype_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float: return DType::float32;
-    case ScalarType::Half: return DType::float16;
-    case ScalarType::BFloat16: return DType::bfloat16;
-    default: throw std::invalid_argument("prototype_attention: expected float32, float16 or bfloat16");
-  }
-}
 
 // The kernels want neighbouring channels; whatever else the strides are is fine.
 Tensor with_dense_rows(const Tensor& tensor) {
-  return tensor.stride(tensor.dim() - 1) == 1 ? tensor : torch::stable::contiguous(tensor);
+  return tensor.stride(tensor.dim() - 1) == 1 ? tensor : dense(tensor);
 }
 Tensor with_dense_rows(const MaybeTensor& tensor) { return tensor ? with_dense_rows(*tensor) : Tensor(); }
 
@@ -72,16 +48,9 @@ constexpr int64_t kStreamedBytes = 16 << 20;
 
 float* float_data(const Tensor& tensor) { return static_cast<float*>(tensor.data_ptr()); }
 
-// Fresh memory, in huge pages where it is large: page faults, at 2 microseconds for 4 KiB, would take as long for an
-// answer as its attention to hundreds of prototypes.
 Tensor fresh(const Tensor& like, const std::vector<int64_t>& sizes) {
   const Tensor tensor = torch::stable::new_empty(like, sizes);
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kHugePage = 2 << 20;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(tensor.data_ptr()) + kHugePage - 1) / kHugePage * kHugePage;
-  const uintptr_t end = reinterpret_cast<uintptr_t>(tensor.data_ptr()) + tensor.numel() * tensor.element_size();
-  if (end > begin + kHugePage) madvise(reinterpret_cast<void*>(begin), (end - begin) / kHugePage * kHugePage, MADV_HUGEPAGE);
-#endif
+  prefer_huge_pages(tensor.data_ptr(), tensor.numel() * tensor.element_size());
   return tensor;
 }
 
@@ -108,38 +77,6 @@ Tensor empty_like_query(const Tensor& query) {
   return torch::stable::transpose(fresh(query, {sizes[0], sizes[2], sizes[1], sizes[3]}), 1, 2);
 }
 
-// For each image, the local prototypes of its active groups, group by group; and all that some image uses.
-struct Routes {
-  std::vector<int64_t> active, offsets, used;
-
-  Routes(const Tensor& groups, const Tensor& active_groups) {
-    const int64_t* group = static_cast<const int64_t*>(groups.data_ptr());
-    const int64_t prototypes = groups.numel(), batch = active_groups.sizes()[0], n = active_groups.sizes()[1];
-    std::vector<int64_t> order(prototypes);
-    for (int64_t i = 0; i < prototypes; ++i) order[i] = i;
-    if (!std::is_sorted(group, group + prototypes)) {
-      std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return group[a] < group[b]; });
-    }
-    std::vector<int64_t> wanted;
-    offsets.push_back(0);
-    for (int64_t b = 0; b < batch; ++b) {
-      const int64_t* row = static_cast<const int64_t*>(active_groups.data_ptr()) + b * n;
-      wanted.assign(row, row + n);
-      std::sort(wanted.begin(), wanted.end());
-      wanted.erase(std::unique(wanted.begin(), wanted.end()), wanted.end());
-      for (const int64_t g : wanted) {
-        if (g < 0) continue;
-        auto at = std::lower_bound(order.begin(), order.end(), g, [&](int64_t i, int64_t g) { return group[i] < g; });
-        for (; at != order.end() && group[*at] == g; ++at) active.push_back(*at);
-      }
-      offsets.push_back(active.size());
-    }
-    used = active;
-    std::sort(used.begin(), used.end());
-    used.erase(std::unique(used.begin(), used.end()), used.end());
-  }
-};
-
 // The inputs of both directions, kept alive in the layout that the kernels read.
 struct Inputs {
   Tensor query, local_key, local_value, global_key, global_value, gate;
@@ -162,13 +99,15 @@ struct Inputs {
     problem.local = bank(this->local_key, this->local_value);
     if (global_key) problem.global = bank(this->global_key, this->global_value);
     if (gate) {
-      this->gate = torch::stable::contiguous(*gate);
+      this->gate = dense(*gate);
       problem.gate = float_data(this->gate);
     }
     if (groups) {
-      routes.emplace(torch::stable::contiguous(*groups), torch::stable::contiguous(*active_groups));
-      problem.active = routes->active.data();
-      problem.offsets = routes->offsets.data();
+      const Tensor group = dense(*groups), active = dense(*active_groups);
+      routes.emplace(group.const_data_ptr<int64_t>(), group.numel(), active.const_data_ptr<int64_t>(), active.size(0),
+                     active.size(1));
+      problem.active = routes->rows.data();
+      problem.offsets = routes->begin.data();
     }
     for (int64_t b = 0; b < problem.batch && problem.global.count == 0; ++b) {
       if (problem.local_count(b) == 0) {  // a ValueError in Python
@@ -216,9 +155,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> prototype_attention(
   return {out, reference, total, difference};
 }
 
-struct Free {
-  void operator()(void* memory) const { free(memory); }
-};
+// Ascending.
+std::vector<int64_t> distinct(std::vector<int64_t>::const_iterator first, std::vector<int64_t>::const_iterator last) {
+  std::vector<int64_t> numbers(first, last);
+  std::sort(numbers.begin(), numbers.end());
+  numbers.erase(std::unique(numbers.begin(), numbers.end()), numbers.end());
+  return numbers;
+}
 
 // The rows in which a shared bank's gradient is summed up in parts, see BankGradient.
 struct PartialSums {
@@ -238,15 +181,13 @@ struct PartialSums {
 
   // A row for each prototype in each part with an image that uses it.
   PartialSums(int64_t parts, int64_t batch, const Routes& routes)
-      : routed(true), prototypes(routes.used), of_active(routes.active.size()) {
+      : routed(true), prototypes(distinct(routes.rows.begin(), routes.rows.end())), of_active(routes.rows.size()) {
     std::vector<std::pair<int64_t, int64_t>> found;  // prototype, row
     for (int64_t part = 0; part < parts; ++part) {
-      const int64_t begin = routes.offsets[batch * part / parts], end = routes.offsets[batch * (part + 1) / parts];
-      std::vector<int64_t> seen(routes.active.begin() + begin, routes.active.begin() + end);
-      std::sort(seen.begin(), seen.end());
-      seen.erase(std::unique(seen.begin(), seen.end()), seen.end());
+      const int64_t begin = routes.begin[batch * part / parts], end = routes.begin[batch * (part + 1) / parts];
+      const std::vector<int64_t> seen = distinct(routes.rows.begin() + begin, routes.rows.begin() + end);
       for (int64_t k = begin; k < end; ++k) {
-        of_active[k] = rows + (std::lower_bound(seen.begin(), seen.end(), routes.active[k]) - seen.begin());
+        of_active[k] = rows + (std::lower_bound(seen.begin(), seen.end(), routes.rows[k]) - seen.begin());
       }
       for (const int64_t prototype : seen) found.emplace_back(prototype, rows++);
     }
@@ -316,15 +257,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> prototype_attention_b
   const Inputs inputs(
       query, local_key, local_value, global_key, global_value, gate, scale, groups, active_groups, problem);
   const Tensor dense_grad_out = with_dense_rows(grad_out), dense_out = with_dense_rows(out);
-  const Tensor dense_reference = torch::stable::contiguous(reference), dense_total = torch::stable::contiguous(total);
+  const Tensor dense_reference = dense(reference), dense_total = dense(total);
   const Tensor dense_difference = gate ? with_dense_rows(difference) : Tensor();
   problem.grad_out = rows_of(dense_grad_out);
   problem.out = rows_of(dense_out);
   if (gate) problem.difference = rows_of(dense_difference);
   problem.sums = {float_data(dense_reference), float_data(dense_total)};
-  problem.parts = parts_of(problem, inputs.routes ? inputs.routes->used.size() : problem.local.count);
-  const PartialSums local_sums = inputs.routes ? PartialSums(problem.parts, problem.batch, *inputs.routes)
-                                               : PartialSums(problem.parts, problem.local.count);
+  const auto& routes = inputs.routes;
+  const int64_t local_rows = routes ? distinct(routes->rows.begin(), routes->rows.end()).size() : problem.local.count;
+  problem.parts = parts_of(problem, local_rows);
+  const PartialSums local_sums =
+      routes ? PartialSums(problem.parts, problem.batch, *routes) : PartialSums(problem.parts, problem.local.count);
   const PartialSums global_sums(problem.parts, problem.global.count);
   problem.rows = local_sums.of_active.data();
 

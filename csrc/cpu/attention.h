@@ -4,9 +4,9 @@
 
 #include <stdint.h>
 
-namespace dpdiff {
+#include "dtype.h"
 
-enum class DType { float32, float16, bfloat16 };
+namespace dpdiff {
 
 // Rows of E neighbouring channels, one for each image b, head h and token or prototype n, with strides in bytes.
 // b = 0: shared by the images.
@@ -79,20 +79,5 @@ struct AttentionBackward : AttentionProblem {
 };
 
 constexpr int64_t kChunk = 192;  // tokens of one instance that a thread takes at a time
-
-// Memory of one thread, on cache lines.
-class Scratch {
- public:
-  Scratch() = default;
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-  ~Scratch();
-  float* take(int64_t floats);  // uninitialised; lives as long as this
-
- private:
-  static constexpr int kMost = 24;
-  void* taken_[kMost];
-  int count_ = 0;
-};
 
 }  // namespace dpdiff

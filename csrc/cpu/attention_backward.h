@@ -12,25 +12,25 @@ class BackwardAttention {
   explicit BackwardAttention(const AttentionBackward& problem)
       : problem_(problem),
         channels_(problem.channels),
-        units_((channels_ + Engine::kPack - 1) / Engine::kPack),
+        units_(units_of<Engine>(channels_)),
         padded_(round_up(channels_, kWidth * Engine::kPack)),
         prototypes_(packed_count(problem)) {
-    key_tiles_ = scratch_.take(prototypes_ * units_);
-    value_tiles_ = scratch_.take(prototypes_ * units_);
-    key_rows_ = scratch_.take(prototypes_ / Engine::kPack * padded_);
-    key_gradient_ = scratch_.take(prototypes_ * padded_);
-    value_gradient_ = scratch_.take(prototypes_ * padded_);
-    staged_ = scratch_.take(kLanes * padded_);
-    query_columns_ = scratch_.take(kSubBlocks * units_ * kLanes);
-    out_columns_ = scratch_.take(kSubBlocks * units_ * kLanes);
-    answer_columns_ = scratch_.take(units_ * kLanes);
-    query_rows_ = scratch_.take(kSubBlocks * kLanes / Engine::kPack * padded_);
-    out_rows_ = scratch_.take(kSubBlocks * kLanes / Engine::kPack * padded_);
-    query_gradient_ = scratch_.take(kSubBlocks * padded_ * kLanes);
-    scores_ = scratch_.take(kBlock * kLanes);
-    slopes_ = scratch_.take(kBlock * kLanes);
-    weight_rows_ = scratch_.take(kBlock * kChunkUnits);
-    slope_rows_ = scratch_.take(kBlock * kChunkUnits);
+    key_tiles_ = arena_.take<float>(prototypes_ * units_);
+    value_tiles_ = arena_.take<float>(prototypes_ * units_);
+    key_rows_ = arena_.take<float>(prototypes_ / Engine::kPack * padded_);
+    key_gradient_ = arena_.take<float>(prototypes_ * padded_);
+    value_gradient_ = arena_.take<float>(prototypes_ * padded_);
+    staged_ = arena_.take<float>(kLanes * padded_);
+    query_columns_ = arena_.take<float>(kSubBlocks * units_ * kLanes);
+    out_columns_ = arena_.take<float>(kSubBlocks * units_ * kLanes);
+    answer_columns_ = arena_.take<float>(units_ * kLanes);
+    query_rows_ = arena_.take<float>(kSubBlocks * kLanes / Engine::kPack * padded_);
+    out_rows_ = arena_.take<float>(kSubBlocks * kLanes / Engine::kPack * padded_);
+    query_gradient_ = arena_.take<float>(kSubBlocks * padded_ * kLanes);
+    scores_ = arena_.take<float>(kBlock * kLanes);
+    slopes_ = arena_.take<float>(kBlock * kLanes);
+    weight_rows_ = arena_.take<float>(kBlock * kChunkUnits);
+    slope_rows_ = arena_.take<float>(kBlock * kChunkUnits);
   }
 
   // Parts [begin, end) of the heads.
@@ -63,14 +63,14 @@ class BackwardAttention {
   void instance(const BankView& bank, int64_t part, int64_t first, int64_t last) {
     pack_bank<Engine>(bank, &Bank::key, padded_, staged_, key_tiles_, key_rows_);
     pack_bank<Engine>(bank, &Bank::value, padded_, staged_, value_tiles_, nullptr);
-    memset(key_gradient_, 0, round_up(bank.total, kRows) * padded_ * sizeof(float));
-    memset(value_gradient_, 0, round_up(bank.total, kRows) * padded_ * sizeof(float));
+    memset(key_gradient_, 0, round_up(bank.total, Engine::kTile) * padded_ * sizeof(float));
+    memset(value_gradient_, 0, round_up(bank.total, Engine::kTile) * padded_ * sizeof(float));
     for (int64_t chunk = first; chunk < last; chunk += kChunk) {
       int n = 0;
       for (int64_t token = chunk; token < smaller(chunk + kChunk, last); token += kLanes, ++n) {
         prepare(bank, token, int(smaller(kLanes, last - token)), n);
       }
-      Ahead ahead(bank, chunk + kChunk, smaller(chunk + 2 * kChunk, last), n * bank.tiles());
+      Ahead ahead(bank, chunk + kChunk, smaller(chunk + 2 * kChunk, last), n * bank.tiles(Engine::kTile));
       for (int s = 0; s < bank.softmaxes(); ++s) {
         for (int64_t m = bank.begin(s); m < bank.end(s); m += kBlock) {
           const int64_t count = smaller(kBlock, bank.end(s) - m);
@@ -140,7 +140,8 @@ class BackwardAttention {
   void dots(const BankView& bank, const Lanes& lanes, const float* gradient, const Rows& other, float* products) {
     stage(bank, other, lanes, answer_columns_);
     for (int v = 0; v < lanes.vectors; ++v) {
-      store(products + v * kWidth, lane_scores<Engine>(units_, answer_columns_ + v * kWidth, gradient + v * kWidth));
+      const float *rows = staged_ + v * kWidth * units_, *columns = answer_columns_ + v * kWidth;
+      store(products + v * kWidth, lane_scores<Engine>(units_, rows, columns, gradient + v * kWidth));
     }
   }
 
@@ -158,7 +159,7 @@ class BackwardAttention {
   // What prototypes [m, m + count) of softmax s and the queries of one sub-block give to each other's gradients.
   template <int Vectors>
   void block(int s, int64_t m, int64_t count, int n, Ahead& ahead) {
-    for (int64_t i = 0; i < count; i += kRows) {
+    for (int64_t i = 0; i < count; i += Engine::kTile) {
       ahead.step({&problem_.query, &problem_.grad_out, &problem_.out, &problem_.difference});
       score_tile<Engine, Vectors>(
           units_, key_tiles_ + (m + i) * units_, query_columns_ + n * units_ * kLanes, scores_ + i * kLanes);
@@ -170,10 +171,9 @@ class BackwardAttention {
     const float* keys = key_rows_ + m / Engine::kPack * padded_;
     const float* slopes = Engine::kPack == 1 ? slope_rows_ + n * kLanes : slopes_;
     float* query_gradient = query_gradient_ + n * padded_ * kLanes;
-    const int64_t steps = (count + Engine::kPack - 1) / Engine::kPack;
-    for (int64_t e = 0; e < channels_; e += kRows) {
-      multiply_tile<Engine, Vectors, true, 2 * Engine::kRun>(
-          steps, keys + e, padded_, 1, slopes, Engine::kPack == 1 ? kChunk : kLanes, query_gradient + e * kLanes, kLanes);
+    const int64_t steps = units_of<Engine>(count), slopes_step = Engine::kPack == 1 ? kChunk : kLanes;
+    for (int64_t e = 0; e < channels_; e += Engine::kTile) {
+      weigh_tile<Engine, Vectors, true, 2 * Engine::kRun>(steps, keys, padded_, e, slopes, slopes_step, query_gradient);
     }
   }
 
@@ -182,7 +182,7 @@ class BackwardAttention {
   template <int Vectors>
   DPDIFF_INLINE void differentiate(int s, int64_t count, int n) {
     const Lanes& lanes = lanes_[n];
-    const float exponent_scale = problem_.scale * kLog2E;
+    const float exponent_scale = problem_.scale * float(kLog2e);
     Element *weights = reinterpret_cast<Element*>(weight_rows_) + n * kLanes;
     Element *slopes = reinterpret_cast<Element*>(slope_rows_) + n * kLanes;
     vfloat reference[Vectors], factor[Vectors], delta[Vectors];
@@ -204,28 +204,36 @@ class BackwardAttention {
         if constexpr (Engine::kPack == 2) store(slopes_ + m / 2 * kLanes + v * kWidth, Engine::pair(ds[0], ds[1]));
       }
     }
+    clear_steps<Engine>(count, slopes_);
   }
 
   // gradient[m][channel] += sum over queries of weights[m][query] rows[query][channel], in units of queries.
-  void add_outer(int64_t count, int64_t queries, const float* weights, const float* rows, float* gradient) {
-    const int64_t vectors = (channels_ + kWidth - 1) / kWidth;
-    for (int64_t i = 0; i < count; i += kRows, weights += kRows * kChunkUnits, gradient += kRows * padded_) {
+  void add_outer(int64_t count, int64_t queries, float* weights, float* rows, float* gradient) {
+    const int64_t vectors = (channels_ + kWidth - 1) / kWidth, steps = round_up(queries, Engine::kSteps);
+    for (int64_t k = queries; k < steps; ++k) {  // what is left there may be anything
+      memset(rows + k * padded_, 0, padded_ * sizeof(float));
+      for (int64_t i = 0; i < count; ++i) weights[i * kChunkUnits + k] = 0;
+    }
+    for (int64_t i = 0; i < count; i += Engine::kTile) {
+      const float* own_weights = weights + i * kChunkUnits;
+      float* own = gradient + i * padded_;
       for (int64_t v = 0; v < vectors;) {
+        constexpr int kMost = Engine::kInTiles ? 4 : kVectors;
         const int64_t left = vectors - v;
-        if (kVectors == 3 && left != 4 && left >= 3) {
-          outer_tile<kVectors>(queries, weights, rows + v * kWidth, gradient + v * kWidth), v += kVectors;
+        if (kMost >= 3 && left >= kMost && (kMost == 4 || left != 4)) {
+          outer_tile<kMost>(steps, own_weights, rows + v * kWidth, own + v * kWidth), v += kMost;
         } else if (left >= 2) {
-          outer_tile<2>(queries, weights, rows + v * kWidth, gradient + v * kWidth), v += 2;
+          outer_tile<2>(steps, own_weights, rows + v * kWidth, own + v * kWidth), v += 2;
         } else {
-          outer_tile<1>(queries, weights, rows + v * kWidth, gradient + v * kWidth), v += 1;
+          outer_tile<1>(steps, own_weights, rows + v * kWidth, own + v * kWidth), v += 1;
         }
       }
     }
   }
   template <int Columns>
-  DPDIFF_INLINE void outer_tile(int64_t queries, const float* weights, const float* rows, float* gradient) {
+  DPDIFF_INLINE void outer_tile(int64_t steps, const float* weights, const float* rows, float* gradient) {
     multiply_tile<Engine, Columns, true, 2 * Engine::kRun>(
-        queries, weights, 1, kChunkUnits, rows, padded_, gradient, padded_);
+        steps, weights, Engine::kSteps, kChunkUnits, rows, padded_, gradient, padded_);
   }
 
   void write_query_gradient(const BankView& bank, int n) {
@@ -256,7 +264,8 @@ class BackwardAttention {
 
   const AttentionBackward& problem_;
   const int64_t channels_, units_, padded_, prototypes_;
-  Scratch scratch_;
+  typename Engine::Setup setup_;
+  Arena arena_;
   float *key_tiles_, *value_tiles_, *key_rows_, *key_gradient_, *value_gradient_, *staged_;
   float *query_columns_, *out_columns_, *answer_columns_, *query_rows_, *out_rows_, *query_gradient_;
   float *scores_, *slopes_, *weight_rows_, *slope_rows_;
@@ -265,8 +274,13 @@ class BackwardAttention {
 
 void attention_backward(const AttentionBackward& problem, int64_t begin, int64_t end) {
 #if defined(DPDIFF_AVX512)
-  if (problem.dtype == DType::bfloat16 && fast_bfloat16()) {
+  if (problem.dtype == DType::bfloat16 && bfloat16_as() == BFloat16As::pairs) {
     return BackwardAttention<BFloat16Engine>(problem).run(begin, end);
+  }
+#endif
+#if defined(DPDIFF_AMX)
+  if (problem.dtype == DType::bfloat16 && bfloat16_as() == BFloat16As::tiles) {
+    return BackwardAttention<BFloat16TileEngine>(problem).run(begin, end);
   }
 #endif
   BackwardAttention<FloatEngine>(problem).run(begin, end);
@@ -275,15 +289,14 @@ void attention_backward(const AttentionBackward& problem, int64_t begin, int64_t
 // Adds up the parts of a shared bank's gradient, of prototypes [begin, end) of (H, n_prototypes).
 void attention_add_parts(const AttentionBackward& problem, const BankGradient& to, int64_t begin, int64_t end) {
   const int64_t n = problem.channels;
-  Scratch scratch;
-  float* sums = scratch.take(n);
+  std::vector<float> sums(n);
   const auto add = [&](const float* rows, const Rows& gradient, int64_t head, int64_t i) {
-    memset(sums, 0, n * sizeof(float));
+    std::fill(sums.begin(), sums.end(), 0.0f);
     for (int64_t k = to.first[i]; k < to.first[i + 1]; ++k) {
       const float* terms = rows + (head * to.rows + to.places[k]) * n;
       for (int64_t e = 0; e < n; ++e) sums[e] += terms[e];
     }
-    store_row(problem.dtype, sums, n, gradient.at(0, head, to.prototypes[i]));
+    store_row(problem.dtype, sums.data(), n, gradient.at(0, head, to.prototypes[i]));
   };
   for (int64_t i = begin; i < end; ++i) {
     add(to.key_rows, to.key, i / to.n_prototypes, i % to.n_prototypes);

@@ -7,18 +7,18 @@ class ForwardAttention {
   explicit ForwardAttention(const AttentionForward& problem)
       : problem_(problem),
         channels_(problem.channels),
-        units_((channels_ + Engine::kPack - 1) / Engine::kPack),
+        units_(units_of<Engine>(channels_)),
         padded_(round_up(channels_, kWidth * Engine::kPack)),
-        exponent_scale_(problem.scale * kLog2E) {
+        exponent_scale_(problem.scale * float(kLog2e)) {
     const int64_t prototypes = packed_count(problem);
-    key_tiles_ = scratch_.take(prototypes * units_);
-    value_rows_ = scratch_.take(prototypes / Engine::kPack * padded_);
-    staged_ = scratch_.take(kLanes * padded_);
-    query_columns_ = scratch_.take(kSubBlocks * units_ * kLanes);
-    scores_ = scratch_.take(kBlock * kLanes);
-    weights_ = Engine::kPack == 1 ? scores_ : scratch_.take(kBlock / 2 * kLanes);
-    answers_[0] = scratch_.take(kSubBlocks * padded_ * kLanes);
-    answers_[1] = problem.gate == nullptr ? nullptr : scratch_.take(kSubBlocks * padded_ * kLanes);
+    key_tiles_ = arena_.take<float>(prototypes * units_);
+    value_rows_ = arena_.take<float>(prototypes / Engine::kPack * padded_);
+    staged_ = arena_.take<float>(kLanes * padded_);
+    query_columns_ = arena_.take<float>(kSubBlocks * units_ * kLanes);
+    scores_ = arena_.take<float>(kBlock * kLanes);
+    weights_ = Engine::kPack == 1 ? scores_ : arena_.take<float>(kBlock / 2 * kLanes);
+    answers_[0] = arena_.take<float>(kSubBlocks * padded_ * kLanes);
+    answers_[1] = problem.gate == nullptr ? nullptr : arena_.take<float>(kSubBlocks * padded_ * kLanes);
   }
 
   // Chunks [begin, end) of kChunk tokens, instance by instance.
@@ -55,7 +55,7 @@ class ForwardAttention {
   void chunk(const BankView& bank, int64_t first, int64_t last) {
     int n = 0;
     for (int64_t token = first; token < last; token += kLanes, ++n) prepare(bank, token, int(smaller(kLanes, last - token)), n);
-    Ahead ahead(bank, last, smaller(last + kChunk, problem_.sequence()), n * bank.tiles());
+    Ahead ahead(bank, last, smaller(last + kChunk, problem_.sequence()), n * bank.tiles(Engine::kTile));
     for (int s = 0; s < bank.softmaxes(); ++s) {
       for (int64_t m = bank.begin(s); m < bank.end(s); m += kBlock) {
         const int64_t count = smaller(kBlock, bank.end(s) - m);
@@ -96,7 +96,7 @@ class ForwardAttention {
   template <int Vectors>
   void block(int s, int64_t m, int64_t count, bool started, int n, Ahead& ahead) {
     float* answer = answers_[s] + n * padded_ * kLanes;
-    for (int64_t i = 0; i < count; i += kRows) {
+    for (int64_t i = 0; i < count; i += Engine::kTile) {
       ahead.step({&problem_.query});
       score_tile<Engine, Vectors>(
           units_, key_tiles_ + (m + i) * units_, query_columns_ + n * units_ * kLanes, scores_ + i * kLanes);
@@ -104,14 +104,12 @@ class ForwardAttention {
     raise<Vectors>(count, started, answer, lanes_[n].reference[s], lanes_[n].total[s]);
     exponentiate<Vectors>(count, lanes_[n].reference[s], lanes_[n].total[s]);
     const float* values = value_rows_ + m / Engine::kPack * padded_;
-    const int64_t steps = (count + Engine::kPack - 1) / Engine::kPack;
-    for (int64_t e = 0; e < channels_; e += kRows) {
+    const int64_t steps = units_of<Engine>(count);
+    for (int64_t e = 0; e < channels_; e += Engine::kTile) {
       if (started) {
-        multiply_tile<Engine, Vectors, true, kBlock>(
-            steps, values + e, padded_, 1, weights_, kLanes, answer + e * kLanes, kLanes);
+        weigh_tile<Engine, Vectors, true, kBlock>(steps, values, padded_, e, weights_, kLanes, answer);
       } else {
-        multiply_tile<Engine, Vectors, false, kBlock>(
-            steps, values + e, padded_, 1, weights_, kLanes, answer + e * kLanes, kLanes);
+        weigh_tile<Engine, Vectors, false, kBlock>(steps, values, padded_, e, weights_, kLanes, answer);
       }
     }
   }
@@ -164,6 +162,7 @@ class ForwardAttention {
       }
     }
     for (int v = 0; v < Vectors; ++v) store(total + v * kWidth, load(total + v * kWidth) + sum[v]);
+    clear_steps<Engine>(count, weights_);
   }
 
   // Normalises and blends the answers of one sub-block, and writes what is wanted.
@@ -207,7 +206,8 @@ class ForwardAttention {
   const AttentionForward& problem_;
   const int64_t channels_, units_, padded_;
   const float exponent_scale_;
-  Scratch scratch_;
+  typename Engine::Setup setup_;
+  Arena arena_;
   float *key_tiles_, *value_rows_, *staged_, *query_columns_, *scores_, *weights_;
   float* answers_[2];  // of each softmax
   Lanes lanes_[kSubBlocks];
@@ -215,8 +215,13 @@ class ForwardAttention {
 
 void attention_forward(const AttentionForward& problem, int64_t begin, int64_t end) {
 #if defined(DPDIFF_AVX512)
-  if (problem.dtype == DType::bfloat16 && fast_bfloat16()) {
+  if (problem.dtype == DType::bfloat16 && bfloat16_as() == BFloat16As::pairs) {
     return ForwardAttention<BFloat16Engine>(problem).run(begin, end);
+  }
+#endif
+#if defined(DPDIFF_AMX)
+  if (problem.dtype == DType::bfloat16 && bfloat16_as() == BFloat16As::tiles) {
+    return ForwardAttention<BFloat16TileEngine>(problem).run(begin, end);
   }
 #endif
   ForwardAttention<FloatEngine>(problem).run(begin, end);

@@ -4,7 +4,8 @@
 //
 // An Engine is how numbers are multiplied. Its units, of 32 bits, are floats, or pairs of bfloat16 that are neighbours
 // along the summed axis: channels for scores, then prototypes or queries. kRun units in a row are summed up, and then
-// these sums: the roundings of one long sum would add up to more than in other libraries.
+// these sums: the roundings of one long sum would add up to more than in other libraries. An engine whose kInTiles is true
+// multiplies in AMX's tiles, in steps of kSteps units.
 
 #if defined(DPDIFF_AVX512)
 constexpr int kRows = 8, kVectors = 3;
@@ -15,11 +16,15 @@ constexpr int kRows = 4, kVectors = 2;
 #endif
 constexpr int kLanes = kVectors * kWidth;
 constexpr int kBlock = 128;  // prototypes whose scores are held at a time
-constexpr float kLog2E = 1.44269504f;
+constexpr int kGroup = 2 * kWidth;  // prototypes that are packed at a time
+
+DPDIFF_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 struct FloatEngine {
   typedef float Element;
-  static constexpr int kPack = 1;  // elements in a unit
+  struct Setup {};
+  static constexpr bool kInTiles = false;
+  static constexpr int kTile = kRows, kPack = 1, kSteps = 1;  // rows in a tile, elements in a unit
   static constexpr int64_t kRun = 32;
   static DPDIFF_INLINE vfloat multiply_add(vfloat a, vfloat b, vfloat c) { return a * b + c; }
   static DPDIFF_INLINE vfloat add(vfloat sum, vfloat units) { return sum + units; }
@@ -29,7 +34,9 @@ struct FloatEngine {
 #if defined(DPDIFF_AVX512)
 struct BFloat16Engine {
   typedef bfloat16 Element;
-  static constexpr int kPack = 2;
+  struct Setup {};
+  static constexpr bool kInTiles = false;
+  static constexpr int kTile = kRows, kPack = 2, kSteps = 1;
   static constexpr int64_t kRun = 64;  // bfloat16 itself rounds far more
   static DPDIFF_INLINE vfloat multiply_add(vfloat a, vfloat b, vfloat c) {
     return (vfloat)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
@@ -61,16 +68,37 @@ struct BFloat16Engine {
 };
 #endif
 
-DPDIFF_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-DPDIFF_INLINE int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+#if defined(DPDIFF_AMX)
+struct BFloat16TileEngine : BFloat16Engine {
+  typedef AmxTiles Setup;
+  static constexpr bool kInTiles = true;
+  static constexpr int kTile = 16, kSteps = 16;
 
-// c[r][v] (+)= sum over k of a[k * a_step + r * a_row] * b[k * b_step + v], for kRows rows and Vectors vectors; in
+  template <int Vectors>
+  static DPDIFF_INLINE void multiply(
+      int64_t steps, const float* a, int64_t a_step, int64_t a_row, const float* b, int64_t b_step, const float* start,
+      float* c, int64_t c_row) {
+    multiply_in_tiles<Vectors>(steps, a, a_step, a_row, b, b_step, start, c_row, c, c_row);
+  }
+};
+#endif
+
+// Units that hold so many elements, in whole steps.
+template <class Engine>
+DPDIFF_INLINE int64_t units_of(int64_t elements) {
+  return round_up((elements + Engine::kPack - 1) / Engine::kPack, Engine::kSteps);
+}
+
+// c[r][v] (+)= sum over k of a[k * a_step + r * a_row] * b[k * b_step + v], for kTile rows and Vectors vectors; in
 // units of a and b, in runs of Run steps. The order of the sum doesn't depend on Vectors: scores come out the same in both
-// directions.
+// directions. Engines with tiles want neighbouring units in rows of a, and a_step between every kSteps of them.
 template <class Engine, int Vectors, bool Accumulate, int64_t Run>
 DPDIFF_INLINE void multiply_tile(
     int64_t steps, const float* a, int64_t a_step, int64_t a_row, const float* b, int64_t b_step, float* c,
     int64_t c_row) {
+  if constexpr (Engine::kInTiles) {
+    return Engine::template multiply<Vectors>(steps, a, a_step, a_row, b, b_step, Accumulate ? c : nullptr, c, c_row);
+  }
   bool accumulate = Accumulate;
   do {
     vfloat sums[kRows][Vectors];
@@ -101,15 +129,40 @@ DPDIFF_INLINE void multiply_tile(
   } while (steps > 0);
 }
 
-// Scores of kRows rows of tiles with columns.
+// Scores of a tile of prototypes, as pack_bank leaves it, with columns.
 template <class Engine, int Vectors>
 DPDIFF_INLINE void score_tile(int64_t units, const float* tile, const float* columns, float* scores) {
-  multiply_tile<Engine, Vectors, false, Engine::kRun>(units, tile, kRows, 1, columns, kLanes, scores, kLanes);
+  const int64_t step = Engine::kInTiles ? Engine::kSteps : kRows, row = Engine::kInTiles ? units : 1;
+  multiply_tile<Engine, Vectors, false, Engine::kRun>(units, tile, step, row, columns, kLanes, scores, kLanes);
 }
 
-// Scores of columns with columns, lane by lane: the sums of score_tile, in the same order.
+// Adds to sums of channels [e, e + kTile), [channel][lane], those of the rows of a bank, as pack_bank leaves them, times
+// weights in units of prototypes.
+template <class Engine, int Vectors, bool Accumulate, int64_t Run>
+DPDIFF_INLINE void weigh_tile(
+    int64_t steps, const float* rows, int64_t padded, int64_t e, const float* weights, int64_t weights_step, float* sums) {
+  const float* a = rows + e * Engine::kSteps;
+  const int64_t step = padded * Engine::kSteps, row = Engine::kSteps;
+  multiply_tile<Engine, Vectors, Accumulate, Run>(steps, a, step, row, weights, weights_step, sums + e * kLanes, kLanes);
+}
+
+// Weights after those of `count` prototypes, zero to the end of a step: no number of theirs may reach the sums.
 template <class Engine>
-DPDIFF_INLINE vfloat lane_scores(int64_t units, const float* a, const float* b) {
+DPDIFF_INLINE void clear_steps(int64_t count, float* weights) {
+  const int64_t units = (count + Engine::kPack - 1) / Engine::kPack;
+  memset(weights + units * kLanes, 0, (units_of<Engine>(count) - units) * kLanes * sizeof(float));
+}
+
+// Scores lane by lane of a with b, both as columns, a as rows too: the sums of score_tile, in the same order.
+template <class Engine>
+DPDIFF_INLINE vfloat lane_scores(int64_t units, const float* rows, const float* a, const float* b) {
+  if constexpr (Engine::kInTiles) {
+    alignas(64) float all[Engine::kTile][kWidth];
+    float own[kWidth];
+    Engine::template multiply<1>(units, rows, Engine::kSteps, units, b, kLanes, nullptr, all[0], kWidth);
+    for (int i = 0; i < kWidth; ++i) own[i] = all[i][i];
+    return load(own);
+  }
   vfloat scores{};
   for (int64_t first = 0; first < units; first += Engine::kRun) {
     vfloat sum{};
@@ -219,14 +272,14 @@ DPDIFF_INLINE void pack_rows(const typename Engine::Element* rows, int64_t n, in
 }
 
 // An instance of the banks: which prototypes one image and head see, in the order in which they are packed: the local
-// ones, and, from `second` on, the global ones. Each softmax covers a range of them, which starts on a tile.
+// ones, and, from `second` on, the global ones. Each softmax covers a range of them, which starts with a group.
 struct BankView {
   const AttentionProblem& problem;
   int64_t image, head, local_count, second, total;
 
   BankView(const AttentionProblem& p, int64_t image, int64_t head)
       : problem(p), image(image), head(head), local_count(p.local_count(image)),
-        second(p.gate != nullptr ? round_up(local_count, kRows) : local_count), total(second + p.global.count) {}
+        second(p.gate != nullptr ? round_up(local_count, kGroup) : local_count), total(second + p.global.count) {}
 
   int softmaxes() const { return problem.gate != nullptr ? 2 : 1; }
   int64_t begin(int softmax) const { return softmax == 0 ? 0 : second; }
@@ -240,8 +293,8 @@ struct BankView {
     return (of_image * problem.heads + head) * problem.tokens + place;
   }
 
-  // kRows of them at a time, about.
-  int64_t tiles() const { return total / kRows + 1; }
+  // So many of them at a time, about.
+  int64_t tiles(int64_t prototypes) const { return total / prototypes + 1; }
 
   // Row i of the keys or of the values; null where there is only padding.
   const void* row(Rows Bank::*part, int64_t i) const {
@@ -255,23 +308,40 @@ struct BankView {
 inline int64_t packed_count(const AttentionProblem& problem) {
   int64_t local = problem.routed() ? 0 : problem.local.count;
   for (int64_t image = 0; image < problem.batch; ++image) local = std::max(local, problem.local_count(image));
-  return round_up(local + kRows + problem.global.count, kWidth);
+  return round_up(round_up(local, kGroup) + problem.global.count, kGroup);
 }
 
 // Packs one part of a bank: in tiles whose rows are prototypes and steps are channels, for products with queries, and
-// as rows of channels, for products with probabilities; either may be null.
+// as rows of channels, for products with probabilities; either may be null. With an engine of tiles the former are plain
+// rows of prototypes, and the latter, for each group of prototypes, its kSteps units of each channel.
 template <class Engine>
 void pack_bank(const BankView& bank, Rows Bank::*part, int64_t padded, float* stage, float* tiles, float* rows) {
   typedef typename Engine::Element Element;
   const int64_t channels = bank.problem.channels;
-  const int64_t units = (channels + Engine::kPack - 1) / Engine::kPack;
+  const int64_t units = units_of<Engine>(channels), ld = padded / Engine::kPack;
   Element* staged = reinterpret_cast<Element*>(stage);
-  for (int64_t i = 0; i < bank.total; i += kWidth) {
-    for (int64_t j = 0; j < kWidth; ++j) {
+  for (int64_t i = 0; i < bank.total; i += kGroup) {
+    for (int64_t j = 0; j < kGroup; ++j) {
       copy_row(bank.problem.dtype, bank.row(part, i + j), channels, staged + j * padded, padded);
     }
-    if (tiles != nullptr) tile_rows(stage, padded / Engine::kPack, units, tiles + i * units);
-    if (rows != nullptr) pack_rows<Engine>(staged, kWidth, padded, rows + i / Engine::kPack * padded);
+    float* own_rows = rows == nullptr ? nullptr : rows + i / Engine::kPack * padded;
+    if constexpr (Engine::kInTiles) {
+      if (tiles != nullptr) memcpy(tiles + i * units, stage, kGroup * units * sizeof(float));
+      for (int64_t e = 0; own_rows != nullptr && e < padded; e += kWidth) {
+        vfloat square[kWidth];
+        for (int j = 0; j < kWidth; ++j) {
+          const Element* pair = staged + 2 * j * padded + e;
+          square[j] = Engine::pair(pair, pair + padded);
+        }
+        transpose(square);
+        for (int j = 0; j < kWidth; ++j) store(own_rows + (e + j) * kWidth, square[j]);
+      }
+    } else {
+      for (int64_t j = 0; tiles != nullptr && j < kGroup; j += kWidth) {
+        tile_rows(stage + j * ld, ld, units, tiles + (i + j) * units);
+      }
+      if (own_rows != nullptr) pack_rows<Engine>(staged, kGroup, padded, own_rows);
+    }
   }
 }
 

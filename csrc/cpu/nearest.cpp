@@ -2,29 +2,20 @@
 #include "nearest.h"
 
 #include <new>
-#include <optional>
 #include <string>
 #include <tuple>
 #include <type_traits>
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
+
+#include "tensors.h"
 
 #define DPDIFF_KERNELS "nearest_kernels.h"
 #include "foreach_isa.h"
 
 namespace dpdiff {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-typedef std::optional<Tensor> MaybeTensor;
-
-// The kernels know no strides.
-Tensor dense(const Tensor& tensor) { return torch::stable::contiguous(tensor); }
-MaybeTensor dense(const MaybeTensor& tensor) { return tensor ? MaybeTensor(dense(*tensor)) : std::nullopt; }
 
 Metric parse_metric(const std::string& name) {
   if (name == "cosine") return Metric::cosine;
@@ -33,43 +24,19 @@ Metric parse_metric(const std::string& name) {
   return Metric::l2;
 }
 
-Dtype dtype_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float: return Dtype::float32;
-    case ScalarType::Half: return Dtype::float16;
-    case ScalarType::BFloat16: return Dtype::bfloat16;
-    default: STD_TORCH_CHECK(false, "expected float32, float16 or bfloat16 tensors");
-  }
-}
-
-// The prototypes whose group is active, for each image.
+// The prototypes whose group is active, for each image, which needs k.
 Routes route(const Tensor& groups_, const Tensor& active_groups_, int64_t k) {
   const Tensor groups = dense(groups_), active_groups = dense(active_groups_);
-  const int64_t n_prototypes = groups.size(0), n_batch = active_groups.size(0), n_active = active_groups.size(1);
   const int64_t* group = groups.const_data_ptr<int64_t>();
-  std::vector<int32_t> by_group(n_prototypes);
-  for (int64_t i = 0; i < n_prototypes; ++i) by_group[i] = int32_t(i);
-  const auto precedes = [&](int32_t a, int32_t b) { return group[a] < group[b] || (group[a] == group[b] && a < b); };
+  const int64_t n_prototypes = groups.size(0), n_batch = active_groups.size(0);
+  Routes routes(group, n_prototypes, active_groups.const_data_ptr<int64_t>(), n_batch, active_groups.size(1));
   const bool sorted = std::is_sorted(group, group + n_prototypes);
-  if (!sorted) std::sort(by_group.begin(), by_group.end(), precedes);
-
-  Routes routes;
-  routes.begin.push_back(0);
   for (int64_t b = 0; b < n_batch; ++b) {
-    const int64_t* listed = active_groups.const_data_ptr<int64_t>() + b * n_active;
-    std::vector<int64_t> active(listed, listed + n_active);
-    std::sort(active.begin(), active.end());
-    active.erase(std::unique(active.begin(), active.end()), active.end());
-    for (int64_t wanted : active) {
-      if (wanted < 0) continue;
-      auto place = std::lower_bound(by_group.begin(), by_group.end(), wanted,
-                                    [&](int32_t i, int64_t value) { return group[i] < value; });
-      for (; place != by_group.end() && group[*place] == wanted; ++place) routes.rows.push_back(*place);
-    }
-    if (!sorted) std::sort(routes.rows.begin() + routes.begin.back(), routes.rows.end());
-    routes.begin.push_back(int64_t(routes.rows.size()));
-    const int64_t n = routes.begin[b + 1] - routes.begin[b];
-    STD_TORCH_CHECK(n >= k, "active_groups leaves batch element ", b, " with ", n, " prototypes: expected at least k=", k);
+    if (!sorted) std::sort(routes.rows.begin() + routes.begin[b], routes.rows.begin() + routes.begin[b + 1]);
+    if (routes.count(b) >= k) continue;
+    throw std::invalid_argument(  // a ValueError in Python
+        "active_groups leaves batch element " + std::to_string(b) + " with " + std::to_string(routes.count(b)) +
+        " prototypes: expected at least k=" + std::to_string(k));
   }
   return routes;
 }
@@ -95,9 +62,9 @@ void search(const Tensor& tokens, const Tensor& prototypes, int64_t k, const std
   STD_TORCH_CHECK(in.n_prototypes <= std::numeric_limits<int32_t>::max(), "more than 2^31 - 1 prototypes");
   STD_TORCH_CHECK(k >= 1 && (k <= in.n_prototypes || in.n_batch * in.n_tokens == 0), "k is ", k, " of ", in.n_prototypes,
                   " prototypes");
-  Routes routes;
+  std::optional<Routes> routes;
   if (groups.has_value()) routes = route(*groups, *active_groups, k);
-  in.routes = groups.has_value() ? &routes : nullptr;
+  in.routes = groups.has_value() ? &*routes : nullptr;
   DPDIFF_DISPATCH(nearest)(in);
 }
 

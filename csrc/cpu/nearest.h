@@ -3,24 +3,18 @@
 
 #include <stdint.h>
 
-#include <vector>
+#include "dtype.h"
+#include "routes.h"
 
 namespace dpdiff {
 
 enum class Metric { cosine, dot, l2 };
-enum class Dtype { float32, float16, bfloat16 };
-
-// The prototypes that each image searches: rows[begin[b]] up to rows[begin[b + 1]], ascending.
-struct Routes {
-  std::vector<int64_t> begin;
-  std::vector<int32_t> rows;
-};
 
 struct Nearest {
   const void* tokens;      // (n_batch, n_tokens, d)
   const void* prototypes;  // (n_prototypes, d) if shared, else (n_batch, n_prototypes, d)
-  const Routes* routes;    // null: all prototypes
-  Dtype dtype;             // of tokens, prototypes and values
+  const Routes* routes;    // with rows ascending; null: all prototypes
+  DType dtype;             // of tokens, prototypes and values
   Metric metric;
   bool shared;
   int64_t n_batch, n_tokens, n_prototypes, d, k;
@@ -40,7 +34,7 @@ struct NearestBackward {
   const float* weights;      // of the values; read only with grad_values
   const void* grad_values;   // (n_batch, n_tokens, d), or null
   const float* grad_scores;  // (n_batch, n_tokens, k), or null
-  Dtype dtype;               // of tokens, prototypes, grad_values and the results
+  DType dtype;               // of tokens, prototypes, grad_values and the results
   Metric metric;
   bool shared;
   int64_t n_batch, n_tokens, n_prototypes, d, k;
@@ -53,7 +47,7 @@ struct Statistics {
   const void* tokens;  // (n_tokens, d)
   const int64_t* indices;
   const float* weights;  // (n_tokens,), or null: all 1
-  Dtype dtype;
+  DType dtype;
   int64_t n_tokens, n_prototypes, d;
   float* counts;  // (n_prototypes,)
   float* sums;    // (n_prototypes, d)

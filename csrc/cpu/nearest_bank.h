@@ -14,7 +14,7 @@ class Buffer {
   T* data_;
 };
 
-// A register tile is kTileRows tokens by up to kTileVectors vectors of prototypes.
+// What is scored at a time is some tokens, kTileRows or of a screening's own, by up to kTileVectors vectors of prototypes.
 #if defined(DPDIFF_AVX512) || defined(__aarch64__)
 constexpr int kTileRows = 6, kTileVectors = 4;
 #elif defined(DPDIFF_AVX2)
@@ -29,12 +29,15 @@ struct Packed {
   float square, remainder;
 };
 
-// What the screening multiplies: vectors of elements that hold kChannels channels each. `pack` converts d channels, scaled
-// and less the centre's (whole vectors; null for zeros), into whole vectors of elements with zeros at the end.
+// What the screening multiplies: vectors of elements that hold kChannels channels each, a multiple of kDepth of them; in
+// registers, or in AMX's tiles. `pack` converts d channels, scaled and less the centre's (whole vectors; null for zeros),
+// into whole vectors of elements with zeros at the end.
 struct Float32 {
   typedef float Element;
   typedef vfloat Vector;
-  static constexpr int kChannels = 1;
+  struct Setup {};
+  static constexpr bool kInTiles = false;
+  static constexpr int kRows = kTileRows, kChannels = 1, kDepth = 1;
   static constexpr float kRounding = 0x1p-24f;  // the relative error of an addition
 
   static DPDIFF_INLINE vfloat multiply_add(vfloat sum, Vector a, Vector b) { return a * b + sum; }
@@ -56,7 +59,9 @@ struct Float32 {
 struct Bfloat16 {
   typedef uint32_t Element;
   typedef uint32_t Vector __attribute__((vector_size(64)));
-  static constexpr int kChannels = 2;
+  struct Setup {};
+  static constexpr bool kInTiles = false;
+  static constexpr int kRows = kTileRows, kChannels = 2, kDepth = 1;
   static constexpr float kRounding = 0x1p-23f;  // the instruction does not promise rounding to nearest everywhere
 
   static DPDIFF_INLINE vfloat multiply_add(vfloat sum, Vector a, Vector b) {
@@ -89,6 +94,21 @@ struct Bfloat16 {
 };
 #endif
 
+#if defined(DPDIFF_AMX)
+struct Bfloat16InTiles : Bfloat16 {
+  typedef AmxTiles Setup;
+  static constexpr bool kInTiles = true;
+  static constexpr int kRows = 16, kDepth = 16;
+
+  template <int kVectors>
+  static DPDIFF_INLINE void score(
+      int64_t depth, const Element* tokens, int64_t stride, const Element* panel, const float* biases, float* keys) {
+    constexpr int64_t kWide = kVectors * kWidth;
+    multiply_in_tiles<kVectors>(depth, tokens, 16, stride, panel, kWide, biases, 0, keys, kWide);
+  }
+};
+#endif
+
 // Upper bounds of the norms in a panel: of its prototypes as they are searched, of what packing lost, of the biases.
 struct PanelBounds {
   float norm = 0, remainder = 0, bias = 0;
@@ -107,13 +127,13 @@ class Bank {
   typedef typename Screen::Element Element;
 
   // n prototypes: rows[first] to rows[first + n - 1], or first to first + n - 1 where rows is null.
-  Bank(const T* prototypes, const int32_t* rows, int64_t first, int64_t n, int64_t d, Metric metric)
+  Bank(const T* prototypes, const int64_t* rows, int64_t first, int64_t n, int64_t d, Metric metric)
       : prototypes_(prototypes),
         rows_(rows),
         first_(first),
         n(n),
         d(d),
-        depth((d + Screen::kChannels - 1) / Screen::kChannels),
+        depth(round_up((d + Screen::kChannels - 1) / Screen::kChannels, Screen::kDepth)),
         n_panels((n + kPanel - 1) / kPanel),
         metric(metric),
         elements_(round_up(n, kWidth) * depth),
@@ -204,7 +224,7 @@ class Bank {
   static float upper(float a, float b) { return a >= b || a != a ? a : b; }
 
   const T* prototypes_;
-  const int32_t* rows_;
+  const int64_t* rows_;
   const int64_t first_;
 
  public:

@@ -1,10 +1,5 @@
 // Vectors of any length in double, and the exact scores of single pairs. Included by nearest_kernels.h.
 
-DPDIFF_INLINE int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
-
-typedef double vdouble __attribute__((vector_size(4 * DPDIFF_WIDTH)));
-typedef float vfloat_half __attribute__((vector_size(2 * DPDIFF_WIDTH)));
-
 DPDIFF_INLINE vdouble widen(vfloat_half v) {
 #if defined(DPDIFF_AVX512)
   return (vdouble)_mm512_cvtps_pd((__m256)v);  // GCC 12 converts in two halves

@@ -25,7 +25,7 @@ void aggregate(const Nearest& in, const Match* matches, const T* prototypes, flo
 
 // Searches `rows`, or all prototypes where that is null, for the tokens of one image.
 template <typename T, class Screen>
-void search_image(const Nearest& in, int64_t image, const int32_t* rows, int64_t n_rows) {
+void search_image(const Nearest& in, int64_t image, const int64_t* rows, int64_t n_rows) {
   const int64_t n = in.n_tokens, d = in.d, k = in.k;
   const T* tokens = static_cast<const T*>(in.tokens) + image * n * d;
   const T* prototypes = static_cast<const T*>(in.prototypes) + (in.shared ? 0 : image * in.n_prototypes * d);
@@ -35,7 +35,7 @@ void search_image(const Nearest& in, int64_t image, const int32_t* rows, int64_t
 
   Buffer<Match> matches(n * k);
   std::fill_n(static_cast<Match*>(matches), n * k, kNoMatch);
-  const int64_t bank_size = round_up(kBankBytes / int64_t(sizeof(T) * (d + 1)), kPanel);
+  const int64_t bank_size = round_up(kBankBytes / int64_t(sizeof(T) * (d + 1)) + 1, kPanel);
   const int64_t block = Search<T, Screen>::block(d), n_blocks = (n + block - 1) / block;
   for (int64_t first = 0; first < n_rows; first += bank_size) {
     const Bank<T, Screen> bank(prototypes, rows, first, std::min(bank_size, n_rows - first), d, in.metric);
@@ -66,8 +66,7 @@ void search_images(const Nearest& in) {
       if (in.routes == nullptr) {
         search_image<T, Screen>(in, image, nullptr, in.n_prototypes);
       } else {
-        const std::vector<int64_t>& starts = in.routes->begin;
-        search_image<T, Screen>(in, image, in.routes->rows.data() + starts[image], starts[image + 1] - starts[image]);
+        search_image<T, Screen>(in, image, in.routes->rows.data() + in.routes->begin[image], in.routes->count(image));
       }
     }
   };
@@ -82,31 +81,34 @@ void search_images(const Nearest& in) {
 template <typename T>
 void nearest_of(const Nearest& in) {
 #if defined(DPDIFF_AVX512)
-  if (fast_bfloat16()) return search_images<T, Bfloat16>(in);
+  if (bfloat16_as() == BFloat16As::pairs) return search_images<T, Bfloat16>(in);
+#endif
+#if defined(DPDIFF_AMX)
+  if (bfloat16_as() == BFloat16As::tiles) return search_images<T, Bfloat16InTiles>(in);
 #endif
   search_images<T, Float32>(in);
 }
 
 void nearest(const Nearest& in) {
   switch (in.dtype) {
-    case Dtype::float32: return nearest_of<float>(in);
-    case Dtype::float16: return nearest_of<float16>(in);
-    case Dtype::bfloat16: return nearest_of<bfloat16>(in);
+    case DType::float32: return nearest_of<float>(in);
+    case DType::float16: return nearest_of<float16>(in);
+    case DType::bfloat16: return nearest_of<bfloat16>(in);
   }
 }
 
 void nearest_backward(const NearestBackward& in) {
   switch (in.dtype) {
-    case Dtype::float32: return backward_of<float>(in);
-    case Dtype::float16: return backward_of<float16>(in);
-    case Dtype::bfloat16: return backward_of<bfloat16>(in);
+    case DType::float32: return backward_of<float>(in);
+    case DType::float16: return backward_of<float16>(in);
+    case DType::bfloat16: return backward_of<bfloat16>(in);
   }
 }
 
 void prototype_statistics(const Statistics& in) {
   switch (in.dtype) {
-    case Dtype::float32: return statistics_of<float>(in);
-    case Dtype::float16: return statistics_of<float16>(in);
-    case Dtype::bfloat16: return statistics_of<bfloat16>(in);
+    case DType::float32: return statistics_of<float>(in);
+    case DType::float16: return statistics_of<float16>(in);
+    case DType::bfloat16: return statistics_of<bfloat16>(in);
   }
 }

@@ -50,18 +50,18 @@ class Search {
   // Tokens in a block: what fits the second-level cache beside a panel, a whole number of tiles, at most kBlock.
   static int64_t block(int64_t d) {
     const int64_t fitting = (256 << 10) / (sizeof(Element) * (d / Screen::kChannels + 1));
-    return std::max<int64_t>(1, std::min<int64_t>(kBlock, fitting) / kTileRows) * kTileRows;
+    return std::max<int64_t>(1, std::min<int64_t>(kBlock, fitting) / Screen::kRows) * Screen::kRows;
   }
 
   // Improves the k best matches of each of n tokens, n <= block(d), by this bank's prototypes.
   void run(const T* tokens, int64_t n, Match* matches) {
     tokens_ = tokens;
     matches_ = matches;
-    for (int64_t i = 0; i < round_up(n, kTileRows); ++i) prepare(i, i < n);
+    for (int64_t i = 0; i < round_up(n, Screen::kRows); ++i) prepare(i, i < n);
     for (int64_t panel = 0; panel < bank_.n_panels; ++panel) {
-      bound_errors(panel, round_up(n, kTileRows));
+      bound_errors(panel, round_up(n, Screen::kRows));
       const int64_t vectors = round_up(bank_.size(panel), kWidth) / kWidth;
-      for (int64_t i = 0; i < n; i += kTileRows) {
+      for (int64_t i = 0; i < n; i += Screen::kRows) {
         if (vectors == 1) score_tile<1>(panel, i);
         if (vectors == 2) score_tile<2>(panel, i);
         if (kTileVectors > 2 && vectors == 3) score_tile<3>(panel, i);
@@ -150,6 +150,17 @@ class Search {
     const int64_t depth = bank_.depth, stride = bank_.stride();
     const Element* a = rows_ + first * stride;
     const Element* b = bank_.elements(panel);
+    if constexpr (Screen::kInTiles) {
+      alignas(64) float rows[Screen::kRows][kVectors * kWidth];
+      Screen::template score<kVectors>(depth, a, stride, b, bank_.biases(panel), rows[0]);
+      for (int r = 0; r < Screen::kRows; ++r) {
+        vfloat keys[kVectors];
+#pragma GCC unroll 6
+        for (int v = 0; v < kVectors; ++v) keys[v] = load(rows[r] + v * kWidth);
+        take_in(first + r, panel, keys);
+      }
+      return;
+    }
     vfloat keys[kTileRows][kVectors];
 #pragma GCC unroll 6
     for (int v = 0; v < kVectors; ++v) {
@@ -168,16 +179,19 @@ class Search {
       }
     }
 #pragma GCC unroll 6
-    for (int r = 0; r < kTileRows; ++r) {
-      uint32_t reached = 0;
+    for (int r = 0; r < kTileRows; ++r) take_in(first + r, panel, keys[r]);
+  }
+
+  template <int kVectors>
+  DPDIFF_INLINE void take_in(int64_t i, int64_t panel, const vfloat (&keys)[kVectors]) {
+    uint32_t reached = 0;
 #pragma GCC unroll 6
-      for (int v = 0; v < kVectors; ++v) reached |= lanes_not_below(keys[r][v], limits_[first + r]);
-      if (__builtin_expect(reached != 0, 0)) {
-        float row[kVectors * kWidth];
+    for (int v = 0; v < kVectors; ++v) reached |= lanes_not_below(keys[v], limits_[i]);
+    if (__builtin_expect(reached != 0, 0)) {
+      float row[kVectors * kWidth];
 #pragma GCC unroll 6
-        for (int v = 0; v < kVectors; ++v) store(row + v * kWidth, keys[r][v]);
-        shortlist(first + r, panel, row);
-      }
+      for (int v = 0; v < kVectors; ++v) store(row + v * kWidth, keys[v]);
+      shortlist(i, panel, row);
     }
   }
 
@@ -266,6 +280,7 @@ class Search {
     matches[place] = match;
   }
 
+  typename Screen::Setup setup_;
   const Bank<T, Screen>& bank_;
   const int64_t k_;
   const bool decide_;

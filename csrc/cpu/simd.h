@@ -6,8 +6,14 @@ constexpr int kWidth = DPDIFF_WIDTH;
 typedef float vfloat __attribute__((vector_size(4 * DPDIFF_WIDTH)));
 typedef int32_t vint __attribute__((vector_size(4 * DPDIFF_WIDTH)));
 typedef uint16_t vhalf __attribute__((vector_size(2 * DPDIFF_WIDTH)));
+typedef double vdouble __attribute__((vector_size(4 * DPDIFF_WIDTH)));    // kWidth / 2 lanes
+typedef float vfloat_half __attribute__((vector_size(2 * DPDIFF_WIDTH)));  // kWidth / 2 lanes
 
 #define DPDIFF_INLINE inline __attribute__((always_inline))
+
+constexpr double kLog2e = 1.4426950408889634;
+
+DPDIFF_INLINE int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 // A bfloat16 and an IEEE half as stored in memory.
 struct bfloat16 {
@@ -18,7 +24,6 @@ struct float16 {
 };
 
 DPDIFF_INLINE vfloat broadcast(float x) { return x - vfloat{}; }
-DPDIFF_INLINE vint broadcast_int(int32_t x) { return x - vint{}; }
 
 DPDIFF_INLINE vfloat load(const float* p) {
   vfloat v;
@@ -27,13 +32,25 @@ DPDIFF_INLINE vfloat load(const float* p) {
 }
 DPDIFF_INLINE void store(float* p, vfloat v) { memcpy(p, &v, sizeof v); }
 
-// The first n of a vector's lanes (0 < n < kWidth); the others read as zero and are not written.
-DPDIFF_INLINE vfloat load_partial(const float* p, int64_t n) {
-  vfloat v{};
+// The first n lanes from memory, the others `beyond`; n may be more than there are.
+DPDIFF_INLINE vfloat load_first(const float* p, int64_t n, float beyond) {
+  if (n >= kWidth) return load(p);
+#if defined(DPDIFF_AVX512)
+  return (vfloat)_mm512_mask_loadu_ps((__m512)broadcast(beyond), (1u << n) - 1, p);
+#else
+  vfloat v = broadcast(beyond);
   memcpy(&v, p, n * sizeof(float));
   return v;
+#endif
 }
-DPDIFF_INLINE void store_partial(float* p, vfloat v, int64_t n) { memcpy(p, &v, n * sizeof(float)); }
+DPDIFF_INLINE void store_first(float* p, vfloat v, int64_t n) {
+  if (n >= kWidth) return store(p, v);
+#if defined(DPDIFF_AVX512)
+  _mm512_mask_storeu_ps(p, (1u << n) - 1, (__m512)v);
+#else
+  memcpy(p, &v, n * sizeof(float));
+#endif
+}
 
 DPDIFF_INLINE float to_float(float x) { return x; }
 DPDIFF_INLINE float to_float(bfloat16 x) {
@@ -224,22 +241,4 @@ DPDIFF_INLINE vfloat exp2(vfloat x) {
   p = p * f + 1.0f;
   return select(x == x, scale_by_power_of_two(p, (vint)shifted - (vint)broadcast(kRound)), x);
 #endif
-}
-
-// e^x: zero below about -87.7, infinity from 88.73, NaN stays NaN; within 2 ulp in between.
-DPDIFF_INLINE vfloat exp(vfloat x) {
-  const vfloat clamped = maximum(minimum(x, broadcast(88.7228394f)), broadcast(-88.0f));
-  const vfloat shifted = clamped * 1.44269502f + kRound;
-  const vfloat n = shifted - kRound;
-  const vfloat r = (clamped - n * 0.693145752f) - n * 1.42860677e-6f;  // ln 2 in two parts (Cody and Waite)
-  vfloat p = broadcast(1.98412698e-4f);
-  p = p * r + 1.38888889e-3f;
-  p = p * r + 8.33333333e-3f;
-  p = p * r + 4.16666667e-2f;
-  p = p * r + 1.66666667e-1f;
-  p = p * r + 0.5f;
-  p = p * r + 1.0f;
-  p = p * r + 1.0f;
-  const vfloat y = scale_by_power_of_two(p, (vint)shifted - (vint)broadcast(kRound));
-  return select(x == x, select(x > broadcast(88.7228394f), broadcast(INFINITY), y), x);
 }

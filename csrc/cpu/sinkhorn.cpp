@@ -6,18 +6,15 @@
 #include <tuple>
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
+
+#include "tensors.h"
 
 #define DPDIFF_KERNELS "sinkhorn_kernels.h"
 #include "foreach_isa.h"
 
 namespace dpdiff {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-typedef std::optional<Tensor> MaybeTensor;
 
 SinkhornOptions options(double eps, int64_t n_iters, std::optional<double> tol, std::optional<double> tau_a,
                         std::optional<double> tau_b) {
@@ -33,9 +30,6 @@ const double* wide_data(const Tensor& tensor) {
   STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Double, "expected float64 potentials");
   return static_cast<const double*>(tensor.const_data_ptr());
 }
-
-Tensor dense(const Tensor& tensor) { return torch::stable::contiguous(tensor); }
-MaybeTensor dense(const MaybeTensor& tensor) { return tensor ? MaybeTensor(dense(*tensor)) : std::nullopt; }
 
 Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype = ScalarType::Float) {
   return torch::stable::new_empty(like, sizes, dtype);

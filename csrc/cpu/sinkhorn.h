@@ -2,21 +2,16 @@
 #pragma once
 
 #include <stdint.h>
-#include <stdlib.h>
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 #if defined(__x86_64__)
 #include <xmmintrin.h>
 #endif
 
 #include <algorithm>
 #include <atomic>
-#include <memory>
-#include <new>
-#include <vector>
 
 #include <torch/csrc/stable/ops.h>
+
+#include "memory.h"
 
 namespace dpdiff {
 
@@ -62,57 +57,6 @@ struct SinkhornApplied {
   double eps;
 };
 
-// Asks for huge pages where `memory` spans several: a new page costs more than what is written to it.
-inline void prefer_huge_pages(void* memory, size_t bytes) {
-#if defined(__linux__)
-  constexpr uintptr_t kPage = uintptr_t(1) << 21;
-  const uintptr_t first = (uintptr_t(memory) + kPage - 1) / kPage * kPage, last = (uintptr_t(memory) + bytes) / kPage * kPage;
-  if (last >= first + 2 * kPage) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#endif
-}
-
-// Memory that problems of one thread use one after the other.
-class Arena {
- public:
-  void reset() {
-    if (blocks_.size() > 1) {
-      const size_t total = total_;
-      blocks_.clear();
-      total_ = 0;
-      grow(total);
-    }
-    used_ = 0;
-  }
-
-  template <typename T>
-  T* take(int64_t count) {
-    const size_t bytes = (size_t(count) * sizeof(T) + 63) / 64 * 64;
-    if (blocks_.empty() || used_ + bytes > size_) grow(bytes);
-    T* taken = reinterpret_cast<T*>(blocks_.back().get() + used_);
-    used_ += bytes;
-    return taken;
-  }
-
- private:
-  struct Free {
-    void operator()(char* memory) const { free(memory); }
-  };
-
-  void grow(size_t bytes) {
-    bytes = std::max<size_t>(bytes, 1 << 14);
-    char* memory = static_cast<char*>(aligned_alloc(64, bytes));
-    if (memory == nullptr) throw std::bad_alloc();
-    prefer_huge_pages(memory, bytes);
-    blocks_.emplace_back(memory);
-    size_ = bytes;
-    total_ += bytes;
-    used_ = 0;
-  }
-
-  std::vector<std::unique_ptr<char, Free>> blocks_;
-  size_t size_ = 0, used_ = 0, total_ = 0;
-};
-
 // While it lives, this thread's results below 2^-126 are zeros: most of a kernel's are where eps is small, and Intel's
 // processors would take a hundred cycles and more for each vector with one.
 class FlushTiny {
@@ -153,7 +97,7 @@ void for_problems(int64_t n_problems, int64_t pairs, const Solve& solve) {
     for (int64_t i = 0; i < n_problems; ++i) solve(i, arena, true);
     return;
   }
-  // A thread is worth starting for 2^16 pairs.
+  // A thread is worth starting for 2^14 pairs.
   const int64_t useful = std::min(n_problems, n_problems * pairs / (int64_t(1) << 14) + 1);
   std::atomic<int64_t> next{0};
   for_ranges(true, std::min(threads, useful), [&](int64_t first, int64_t last) {

@@ -206,11 +206,7 @@ struct DenseSink {
     const int64_t n_rows = std::min<int64_t>(kWidth, n - i), n_columns = m - j;
     for (int64_t r = 0; r < n_rows; ++r) {
       float* to = cost + (i + r) * m + j;
-      if (n_columns >= kWidth) {
-        store(to, load(to) + change[r]);
-      } else {
-        store_partial(to, load_partial(to, n_columns) + change[r], n_columns);
-      }
+      store_first(to, load_first(to, n_columns, 0) + change[r], n_columns);
     }
   }
   void end_block(int64_t, int64_t) const {}

@@ -1,11 +1,8 @@
 // Tiles of kWidth rows by kWidth columns: where the cost comes from, and what the iterations do with a tile. A block is
 // all tiles of kWidth rows, in the order of its columns, row after row within a tile.
 
-typedef double vdouble __attribute__((vector_size(4 * DPDIFF_WIDTH)));          // kWidth / 2 lanes
-typedef float vhalf_float __attribute__((vector_size(2 * DPDIFF_WIDTH)));  // kWidth / 2 lanes
 typedef vfloat Tile[kWidth];
 
-constexpr double kLog2e = 1.4426950408889634;
 constexpr double kLn2 = 0.6931471805599453;
 constexpr float kTiny = 0x1p-126f;
 
@@ -19,17 +16,17 @@ DPDIFF_INLINE vdouble load(const double* p) {
 DPDIFF_INLINE void store(double* p, vdouble v) { memcpy(p, &v, sizeof v); }
 
 DPDIFF_INLINE vdouble widen_low(vfloat v) {
-  vhalf_float half;
+  vfloat_half half;
   memcpy(&half, &v, sizeof half);
   return __builtin_convertvector(half, vdouble);
 }
 DPDIFF_INLINE vdouble widen_high(vfloat v) {
-  vhalf_float half;
+  vfloat_half half;
   memcpy(&half, reinterpret_cast<const char*>(&v) + sizeof half, sizeof half);
   return __builtin_convertvector(half, vdouble);
 }
 DPDIFF_INLINE vfloat narrow(vdouble low, vdouble high) {
-  const vhalf_float halves[2] = {__builtin_convertvector(low, vhalf_float), __builtin_convertvector(high, vhalf_float)};
+  const vfloat_half halves[2] = {__builtin_convertvector(low, vfloat_half), __builtin_convertvector(high, vfloat_half)};
   vfloat v;
   memcpy(&v, halves, sizeof v);
   return v;
@@ -118,9 +115,6 @@ DPDIFF_INLINE vfloat inverse_power(vfloat x, float power) {
 struct Sum {
   DPDIFF_INLINE vfloat operator()(vfloat a, vfloat b) const { return a + b; }
 };
-struct Minimum {
-  DPDIFF_INLINE vfloat operator()(vfloat a, vfloat b) const { return minimum(a, b); }
-};
 struct Maximum {
   DPDIFF_INLINE vfloat operator()(vfloat a, vfloat b) const { return maximum(a, b); }
 };
@@ -148,26 +142,6 @@ DPDIFF_INLINE vfloat reduce_rows(Tile& rows, Combine combine) {
     }
   }
   return rows[0];
-}
-
-// The first n lanes from memory, the others `beyond`; n may be more than there are.
-DPDIFF_INLINE vfloat load_first(const float* p, int64_t n, float beyond) {
-  if (n >= kWidth) return load(p);
-#if defined(DPDIFF_AVX512)
-  return (vfloat)_mm512_mask_loadu_ps((__m512)broadcast(beyond), (1u << n) - 1, p);
-#else
-  vfloat v = broadcast(beyond);
-  memcpy(&v, p, n * sizeof(float));
-  return v;
-#endif
-}
-DPDIFF_INLINE void store_first(float* p, vfloat v, int64_t n) {
-  if (n >= kWidth) return store(p, v);
-#if defined(DPDIFF_AVX512)
-  _mm512_mask_storeu_ps(p, (1u << n) - 1, (__m512)v);
-#else
-  memcpy(p, &v, n * sizeof(float));
-#endif
 }
 
 // A cost in memory. Its pairs are read a block of kWidth rows at a time: block(i).tile(j, c) loads the tile of columns j on,

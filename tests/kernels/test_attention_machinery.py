@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from attention_problems import BANKS, close, expected, inputs
-from cpu_backends import needs_cpp
+from cpu_backends import CAPABILITIES, needs_cpp, skip_unless_lesser
 from torch import Tensor
 
 import dpdiff_kernels as dk
@@ -82,13 +82,10 @@ def test_opcheck(banks, batched, dtype):
 
 
 @needs_cpp
-@pytest.mark.parametrize("capability", ["avx512", "avx2", "portable"])
+@pytest.mark.parametrize("capability", CAPABILITIES)
 def test_every_instruction_set(capability):
     """Runs the tests again in a process of their own: the variable is read once per process."""
-    if capability in dk.backends()["cpp"].reason:
-        pytest.skip("what all other tests here run on")
-    if capability == "avx512" or (capability == "avx2" and "portable" in dk.backends()["cpp"].reason):
-        pytest.skip("not on this processor")
+    skip_unless_lesser(capability)
     files = Path(__file__).parent.glob("test_attention*.py")
     chosen = "cpp and (forward or gradients or routing or sizes or strides or nan or huge or zero)"
     run = subprocess.run(

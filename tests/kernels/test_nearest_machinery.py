@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cpu_backends import each_backend, needs_cpp
+from cpu_backends import CAPABILITIES, each_backend, needs_cpp, skip_unless_lesser
 from nearest_problems import random
 
 import dpdiff_kernels as dk
@@ -73,9 +73,10 @@ def test_native_operators_take_any_stride(layout, namespace):
 
 @needs_cpp
 @pytest.mark.skipif("DPDIFF_CPU_CAPABILITY" in os.environ, reason="runs itself")
-@pytest.mark.parametrize("capability", ["avx2", "portable"])
+@pytest.mark.parametrize("capability", CAPABILITIES)
 def test_other_instruction_sets(capability):
     """All that is tested of them once more: a process chooses its instruction set when it starts."""
+    skip_unless_lesser(capability)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     command += ["-k", "cpp and not compile and not export and not opcheck"]
     command += Path(__file__).parent.glob("test_nearest*.py")

@@ -1,0 +1,31 @@
+// What the operators' entry points do with tensors.
+#pragma once
+
+#include <optional>
+#include <stdexcept>
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include "dtype.h"
+
+namespace dpdiff {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+typedef std::optional<Tensor> MaybeTensor;
+
+inline DType dtype_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return DType::float32;
+    case ScalarType::Half: return DType::float16;
+    case ScalarType::BFloat16: return DType::bfloat16;
+    default: throw std::invalid_argument("expected float32, float16 or bfloat16 tensors");
+  }
+}
+
+// For kernels that know no strides.
+inline Tensor dense(const Tensor& tensor) { return torch::stable::contiguous(tensor); }
+inline MaybeTensor dense(const MaybeTensor& tensor) { return tensor ? MaybeTensor(dense(*tensor)) : std::nullopt; }
+
+}  // namespace dpdiff
