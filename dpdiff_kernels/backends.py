@@ -3,7 +3,8 @@
 `reference` is plain PyTorch on any device; `cpp` is the native library on CPU tensors; `triton` and `cuda` are for
 CUDA tensors. The choice is, in this order: the operator's keyword `backend=`, the innermost `use_backend` block, the
 environment variable DPDIFF_BACKEND, and `auto`: the fastest implementation that the tensors' device and dtype allow.
-On AMD's GPUs, where they have not run yet, Triton's kernels have to be asked for.
+On AMD's GPUs, where they have not run yet, Triton's kernels have to be asked for. On NVIDIA's, kernels need a compute
+capability of 8.0 or above.
 """
 
 import os
@@ -11,6 +12,7 @@ import platform
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -135,16 +137,21 @@ def select(backend: str | None, implemented: tuple[str, ...], *tensors: torch.Te
     possible = [name for name in implemented if _runs_on(name, device)]
     if tensors[0].dtype == torch.float64:
         possible = ["reference"]
+    shortcoming = _shortcoming(tensors[0].device) if len(possible) > 1 else ""
+    if shortcoming:
+        possible = ["reference"]
     if backend != "auto":
         if backend not in possible:
             raise ValueError(
-                f"{asked_by} is {backend!r}, which can't run this call on {device} {tensors[0].dtype} tensors: "
-                f"expected one of {', '.join(possible)}"
+                f"{asked_by} is {backend!r}, which can't run this call on {device} {tensors[0].dtype} tensors"
+                f"{shortcoming and f' ({shortcoming})'}: expected one of {', '.join(possible)}"
             )
         refuse_tangents(backend, *tensors)
         return backend
     if device == "cpu" and not _LIBRARY and "cpp" in implemented:
-        _warn_once()
+        _warn_once(f"{_LIBRARY.reason}; {_REMEDY}")
+    if shortcoming:
+        _warn_once(shortcoming)
     asked_for = {"triton"} if device == "cpu" or torch.version.hip else set()
     backend = next(name for name in possible if name not in asked_for)
     refuse_tangents(backend, *tensors)
@@ -171,6 +178,24 @@ def _runs_on(name: str, device: str) -> bool:
     return device == on and _FOUND[name].available
 
 
+def _shortcoming(device: torch.device) -> str:
+    """Why kernels for GPUs don't run on this one, if they don't."""
+    if device.type != "cuda" or torch.version.hip:
+        return ""
+    # torch.compile, which warns of caches, asks once anyway.
+    major, minor = (_capability if torch.compiler.is_compiling() else _known_capability)(device.index)
+    return "" if major >= 8 else f"cuda:{device.index} has compute capability {major}.{minor}, below 8.0"
+
+
+def _capability(index: int) -> tuple[int, int]:
+    # Not get_device_capability, which torch.compile would leave in its graph.
+    found = torch.cuda.get_device_properties(index)
+    return found.major, found.minor
+
+
+_known_capability = cache(_capability)  # asking the driver takes as long as a launch
+
+
 def _check(name: str, argument: str) -> None:
     if name != "auto" and name not in NAMES:
         raise ValueError(f"{argument} is {name!r}: expected auto, {', '.join(NAMES)}")
@@ -178,12 +203,12 @@ def _check(name: str, argument: str) -> None:
         raise ValueError(f"{argument} is {name!r}, which isn't available here: {_FOUND[name].reason}")
 
 
-def _warn_once() -> None:
+def _warn_once(reason: str) -> None:
     global _warned
     if not _warned and not torch.compiler.is_compiling():
         _warned = True
         warnings.warn(
-            f"dpdiff_kernels runs on its slow reference implementation: {_LIBRARY.reason}; {_REMEDY}",
+            f"dpdiff_kernels runs on its slow reference implementation: {reason}",
             RuntimeWarning,
             stacklevel=4,
         )
