@@ -12,6 +12,7 @@ import platform
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -80,9 +81,18 @@ _FOUND = {
     "cuda": _find_cuda(),
 }
 _REMEDY = "reinstall with a C++17 compiler: pip install --no-build-isolation --force-reinstall --no-deps ."
-# use_backend's stack. Of the process, not of the thread: a backward pass runs in threads of autograd's own.
-_forced: list[str] = []
 _warned = False
+
+
+@dataclass(eq=False)  # each is equal to itself only: of two with one name, the right one leaves
+class _Block:
+    """A `use_backend` block that runs."""
+
+    name: str
+
+
+# The innermost last. Of the process, not of the thread: a backward pass runs in threads of autograd's own.
+_blocks: list[_Block] = []
 
 
 def backends() -> dict[str, Backend]:
@@ -104,11 +114,12 @@ def use_backend(name: str) -> Iterator[None]:
         ValueError: `name` is unknown, or that backend isn't available here.
     """
     _check(name, "use_backend's name")
-    _forced.append(name)
+    block = _Block(name)
+    _blocks.append(block)
     try:
         yield
     finally:
-        _forced.pop()
+        _blocks.remove(block)  # not always the last: another thread's may have begun since
 
 
 def select(backend: str | None, implemented: tuple[str, ...], *tensors: torch.Tensor | None) -> str:
@@ -125,8 +136,8 @@ def select(backend: str | None, implemented: tuple[str, ...], *tensors: torch.Te
         NotImplementedError: an input carries a forward-mode derivative, and the backend is another than the reference.
     """
     asked_by = "backend"
-    if backend is None and _forced:
-        backend = _forced[-1]
+    if backend is None and _blocks:
+        backend = _blocks[-1].name
     if backend is None:
         backend, asked_by = os.environ.get("DPDIFF_BACKEND", "auto"), "DPDIFF_BACKEND"
     if backend == "reference":

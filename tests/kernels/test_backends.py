@@ -69,6 +69,20 @@ def test_use_backend_is_undone_by_an_exception():
     assert module.select(None, ("cpp", "reference"), TOKENS) == "cpp"
 
 
+def test_blocks_of_threads_that_end_in_another_order():
+    first, second = dk.use_backend("reference"), dk.use_backend("cpp")
+    third = dk.use_backend("reference")
+    chosen = []
+    for step in (first.__enter__, second.__enter__, third.__enter__, lambda: first.__exit__(None, None, None)):
+        step()
+        chosen.append(module.select(None, ("cpp", "reference"), TOKENS))
+    third.__exit__(None, None, None)
+    chosen.append(module.select(None, ("cpp", "reference"), TOKENS))
+    second.__exit__(None, None, None)
+    assert chosen == ["reference", "cpp", "reference", "reference", "cpp"]
+    assert not module._blocks
+
+
 def test_float64_runs_on_the_reference():
     assert module.select(None, ("cpp", "reference"), TOKENS.double()) == "reference"
     with pytest.raises(ValueError, match=r"backend is 'cpp'.*float64"):
