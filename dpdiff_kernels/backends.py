@@ -20,6 +20,8 @@ from typing import NamedTuple
 import torch
 from torch.autograd import forward_ad
 
+from dpdiff_kernels.checks import check_choice
+
 NAMES = ("reference", "cpp", "triton", "cuda")
 
 
@@ -41,6 +43,9 @@ def _load_library() -> Backend:
     libraries = sorted(Path(__file__).parent.glob("_C*.so"))
     if not libraries:
         return Backend(False, "the native library was not built")
+    wanted = os.environ.get("DPDIFF_CPU_CAPABILITY")
+    if wanted is not None:  # the library itself passes over what it doesn't know
+        check_choice("DPDIFF_CPU_CAPABILITY", wanted, ("amx", "avx512", "avx2", "portable"))
     try:
         torch.ops.load_library(libraries[0])
     except OSError as error:

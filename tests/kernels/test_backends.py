@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from cpu_backends import needs_cpp
 
 import dpdiff_kernels as dk
 
@@ -238,6 +239,15 @@ print(len([w for w in caught if "reference implementation" in str(w.message)]))
     result = run(code)
     assert result.returncode == 0, result.stderr
     assert result.stdout.split() == ["1"]
+
+
+@needs_cpp
+@pytest.mark.parametrize("wanted", ["avx-512", "AVX2", ""])
+def test_an_unknown_instruction_set_is_an_error(wanted, monkeypatch):
+    monkeypatch.setenv("DPDIFF_CPU_CAPABILITY", wanted)
+    expected = f"^DPDIFF_CPU_CAPABILITY is '{wanted}': expected 'amx', 'avx512', 'avx2', 'portable'$"
+    with pytest.raises(ValueError, match=expected):
+        module._load_library()
 
 
 @pytest.mark.parametrize("wanted", ["portable", "avx2", "avx512"])
