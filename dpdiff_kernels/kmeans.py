@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from dpdiff_kernels import reference
 from dpdiff_kernels.checks import check_choice, check_floats, check_int, check_shape
 from dpdiff_kernels.nearest import nearest_prototype, prototype_statistics
 
@@ -89,7 +90,7 @@ def kmeans(
 
 def _is_finite(x: Tensor) -> bool:
     # A sum shows NaN and Inf several times as fast as a look at each; one that overflows is looked into.
-    return bool(x.sum(dtype=torch.promote_types(x.dtype, torch.float32)).isfinite()) or bool(x.isfinite().all())
+    return bool(x.sum(dtype=reference.accumulation_dtype(x)).isfinite()) or bool(x.isfinite().all())
 
 
 def _chunk_length(tokens: Tensor) -> int:
@@ -99,7 +100,7 @@ def _chunk_length(tokens: Tensor) -> int:
 def _chunks(tokens: Tensor) -> Iterator[Tensor]:
     """The tokens in float32 or float64."""
     for chunk in tokens.split(_chunk_length(tokens)):
-        yield chunk.to(torch.promote_types(tokens.dtype, torch.float32))
+        yield chunk.to(reference.accumulation_dtype(tokens))
 
 
 def _inverse_norm(x: Tensor) -> Tensor:
@@ -113,7 +114,7 @@ def _inverse_norm(x: Tensor) -> Tensor:
 
 def _prepare(tokens: Tensor, metric: str) -> Tensor:
     """Tokens as they are clustered: float32 or float64, of unit length for cosine."""
-    tokens = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
+    tokens = tokens.to(reference.accumulation_dtype(tokens))
     return tokens if metric == "l2" else tokens * _inverse_norm(tokens).unsqueeze(-1)
 
 

@@ -10,6 +10,12 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+
+def accumulation_dtype(tensor: Tensor) -> torch.dtype:
+    """In which every operator adds up: float64 for float64, float32 for all others."""
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # nearest prototype: everything is computed in float64, so that the choice and the scores are exact to float32 rounding.
 
@@ -23,7 +29,7 @@ def nearest_prototype(
     """tokens (B, N, D), prototypes (K, D) or (B, K, D) -> scores (B, N, k), indices (B, N, k)."""
     indices = _nearest_indices(tokens, prototypes, k, metric, groups, active_groups)
     scores = _scores(tokens.double(), _rows(prototypes.double(), indices), metric)
-    return scores.to(_accumulation_dtype(tokens)), indices
+    return scores.to(accumulation_dtype(tokens)), indices
 
 
 def aggregate_nearest(
@@ -43,7 +49,7 @@ def aggregate_nearest(
     # Relative to the best, whatever the temperature: a quotient of theirs may overflow.
     weights = torch.softmax((goodness - goodness.detach().amax(-1, keepdim=True)) / temperature, dim=-1)
     values = (weights.unsqueeze(-1) * rows).sum(-2)
-    return values.to(tokens.dtype), scores.to(_accumulation_dtype(tokens)), indices
+    return values.to(tokens.dtype), scores.to(accumulation_dtype(tokens)), indices
 
 
 @torch.no_grad()
@@ -60,12 +66,8 @@ def prototype_statistics(
     sums = zeros.index_put((indices,), tokens.double() * weights.unsqueeze(-1), accumulate=True)
     distances = {"l2": scores, "dot": -scores, "cosine": 1 - scores}[metric]
     inertia = (distances * weights).sum() if with_inertia else counts.new_zeros(())
-    dtype = _accumulation_dtype(tokens)
+    dtype = accumulation_dtype(tokens)
     return counts.to(dtype), sums.to(dtype), inertia.to(dtype)
-
-
-def _accumulation_dtype(tokens: Tensor) -> torch.dtype:
-    return torch.float64 if tokens.dtype == torch.float64 else torch.float32
 
 
 def _rows(prototypes: Tensor, indices: Tensor) -> Tensor:
@@ -161,7 +163,7 @@ def prototype_attention(
 ) -> Tensor:
     """query (B, H, N, E); banks (H, M, E) or (B, H, M, E); gate (B, H, N); groups (M,); active_groups (B, G)."""
     dtype = query.dtype
-    compute = torch.promote_types(dtype, torch.float32)
+    compute = accumulation_dtype(query)
     query = query.to(compute) * scale
     local_key, local_value = local_key.to(compute), local_value.to(compute)
     hidden = None

@@ -153,7 +153,7 @@ def sinkhorn(
     *batch, n, m = cost.shape
     name = select(backend, _implemented(n, m), cost, a, b)
     size = math.prod(batch)
-    dtype = torch.float64 if cost.dtype == torch.float64 else torch.float32
+    dtype = reference.accumulation_dtype(cost)
     flat_cost = cost.reshape(size, n, m).to(dtype)
     flat_a = _weights("a", a, batch, n, flat_cost)
     flat_b = _weights("b", b, batch, m, flat_cost)
@@ -223,7 +223,7 @@ def sinkhorn_points(
 
     *batch, n, d = x.shape
     m, size = y.shape[-2], math.prod(batch)
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    dtype = reference.accumulation_dtype(x)
     flat_x, flat_y = x.reshape(size, n, d).to(dtype), y.reshape(size, m, d).to(dtype)
     flat_a = _weights("a", a, batch, n, flat_x)
     flat_b = _weights("b", b, batch, m, flat_x)
