@@ -35,6 +35,9 @@ class Backend(NamedTuple):
         return self.available
 
 
+# As the native library reads it, once. That passes over what it doesn't know, so calls check it: an error at import
+# would be a traceback on the command line.
+_CPU_CAPABILITY = os.environ.get("DPDIFF_CPU_CAPABILITY")
 # Whether Triton kernels run in its interpreter, on CPU tensors: slow, for tests.
 _INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
@@ -43,9 +46,6 @@ def _load_library() -> Backend:
     libraries = sorted(Path(__file__).parent.glob("_C*.so"))
     if not libraries:
         return Backend(False, "the native library was not built")
-    wanted = os.environ.get("DPDIFF_CPU_CAPABILITY")
-    if wanted is not None:  # the library itself passes over what it doesn't know
-        check_choice("DPDIFF_CPU_CAPABILITY", wanted, ("amx", "avx512", "avx2", "portable"))
     try:
         torch.ops.load_library(libraries[0])
     except OSError as error:
@@ -137,7 +137,8 @@ def select(backend: str | None, implemented: tuple[str, ...], *tensors: torch.Te
             float64 runs on the reference only.
 
     Raises:
-        ValueError: the backend asked for is unknown, isn't available, or can't take these tensors.
+        ValueError: the backend asked for is unknown, isn't available, or can't take these tensors; or, for tensors on
+            a CPU, DPDIFF_CPU_CAPABILITY is unknown.
         NotImplementedError: an input carries a forward-mode derivative, and the backend is another than the reference.
     """
     asked_by = "backend"
@@ -150,6 +151,8 @@ def select(backend: str | None, implemented: tuple[str, ...], *tensors: torch.Te
     _check(backend, asked_by)
 
     device = tensors[0].device.type
+    if device == "cpu" and _CPU_CAPABILITY is not None:
+        check_choice("DPDIFF_CPU_CAPABILITY", _CPU_CAPABILITY, ("amx", "avx512", "avx2", "portable"))
     possible = [name for name in implemented if _runs_on(name, device)]
     if tensors[0].dtype == torch.float64:
         possible = ["reference"]
