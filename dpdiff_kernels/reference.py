@@ -195,6 +195,12 @@ def prototype_attention(
     return (local_weights @ local_value + global_weights @ global_value).to(dtype)
 
 
+def empty_like_query(query: Tensor) -> Tensor:
+    """What other backends answer in: tokens outside and heads inside in memory, as for heads that are joined again."""
+    batch, heads, n_tokens, channels = query.shape
+    return query.new_empty(batch, n_tokens, heads, channels).transpose(1, 2)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # routing, for every operator that takes it
 
