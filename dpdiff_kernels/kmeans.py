@@ -10,7 +10,7 @@ from dpdiff_kernels import reference
 from dpdiff_kernels.checks import check_choice, check_floats, check_int, check_shape
 from dpdiff_kernels.nearest import nearest_prototype, prototype_statistics
 
-# Elements of a chunk (64 MB): what is converted is held for one chunk at a time.
+# Elements of a chunk (64 MB in float32): the iterations convert one at a time.
 _CHUNK = 1 << 24
 # k-means++ looks at this many tokens for each prototype, drawn at random where there are more.
 _SEEDING_TOKENS = 32
@@ -47,8 +47,9 @@ def kmeans(
         TypeError, ValueError: an argument's type, dtype, shape, device or value is wrong, NaN or Inf in tokens or init
             included.
 
-    O(N K D) for an iteration; memory beyond the input stays below one chunk of 64 MB for each step, and the seeding's
-    subset where one is drawn.
+    O(N K D) for an iteration. Memory beyond the input: a few chunks of 2^24 elements (64 MB in float32) and a few
+    numbers for each token; for k-means++ also the tokens that it looks at, 32 K at most, in float32 (float64 for
+    float64), and O(log K) numbers for each of them.
     """
     check_floats(tokens=tokens)
     if torch.is_autocast_enabled(tokens.device.type):  # which would seed from distances in its own dtype

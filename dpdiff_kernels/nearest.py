@@ -1,4 +1,4 @@
-"""Nearest-prototype search, aggregation and statistics, and k-means on top of them."""
+"""Nearest-prototype search, aggregation and statistics."""
 
 import math
 from collections.abc import Callable

@@ -229,8 +229,10 @@ def sinkhorn(
     tol: float | None,
     tau_a: float | None,
     tau_b: float | None,
+    return_plan: bool,
 ) -> tuple[Tensor, ...]:
-    """Returns plan (B, N, M), f (B, N), g (B, M), cost (B,), value (B,), n_iters (B,) and error (B,)."""
+    """Returns plan (B, N, M), f (B, N), g (B, M), cost (B,), value (B,), n_iters (B,) and error (B,). Without
+    return_plan, plan is (0, N, M)."""
     dtype = cost.dtype
     cost, a, b = _wide(cost), _wide(a), _wide(b)
     f, g, used = _iterate(
@@ -244,6 +246,7 @@ def sinkhorn(
     total = (plan * torch.where(cost < math.inf, cost, 0)).sum((-2, -1))
     value = _Envelope.apply(cost, a, b, f, g, plan, eps, tau_a, tau_b)
     error = violation(plan.sum(-1), f, a, tau_a) + violation(plan.sum(-2), g, b, tau_b)
+    plan = plan if return_plan else plan[:0]
     outputs = (plan, f + poison[:, None], g + poison[:, None], total + poison, value + poison)
     return *(x.to(dtype) for x in outputs), used, (error + poison).detach().float()
 
