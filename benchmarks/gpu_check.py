@@ -77,7 +77,7 @@ def triton_jobs(modules: Sequence[str], archs: Sequence[str], sample: int | None
     for module, arch in itertools.product(modules, archs):
         places: dict[str, list[int]] = {}
         for place, variant in enumerate(importlib.import_module(module).variants(arch)):
-            places.setdefault(_name(variant), []).append(place)
+            places.setdefault(variant.name, []).append(place)
         for found in places.values():
             n = len(found) if sample is None else min(sample, len(found))
             yield from ((module, arch, found[-1 - i * len(found) // n]) for i in range(n))
@@ -88,15 +88,11 @@ def compile_triton(job: tuple[str, str, int]) -> Report:
 
     module, arch, place = job
     variant = next(itertools.islice(importlib.import_module(module).variants(arch), place, None))
-    about = (module.rpartition(".")[2], _name(variant), arch, str(variant), TARGETS[arch][1])
+    about = (module.rpartition(".")[2], variant.name, arch, str(variant), TARGETS[arch][1])
     try:
         return Report(*about, *compile_variant(variant, arch))
     except Exception as error:  # whatever the compiler raises is the finding
         return Report(*about, error=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
-
-
-def _name(variant) -> str:
-    return variant.name or variant.kernel.fn.__name__
 
 
 def compile_cuda(job: tuple[Path, str]) -> list[Report]:

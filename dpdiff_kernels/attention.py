@@ -178,10 +178,10 @@ def _fake(query, local_key, local_value, global_key, global_value, gate, scale, 
     softmaxes = 1 if gate is None else 2
     sums = (softmaxes, batch, heads, n_tokens) if for_backward else (0,)
     return (
-        _empty_like_query(query),
+        reference.empty_like_query(query),
         query.new_empty(sums, dtype=torch.float32),
         query.new_empty(sums, dtype=torch.float32),
-        _empty_like_query(query) if for_backward and gate is not None else query.new_empty(0),
+        reference.empty_like_query(query) if for_backward and gate is not None else query.new_empty(0),
     )
 
 
@@ -190,12 +190,11 @@ def _fake_backward(grad_out, query, local_key, local_value, global_key, global_v
         query.new_empty(0 if bank is None else bank.shape)
         for bank in (local_key, local_value, global_key, global_value)
     ]
-    return _empty_like_query(query), *grads, query.new_empty(0 if gate is None else gate.shape, dtype=torch.float32)
-
-
-def _empty_like_query(query: Tensor) -> Tensor:
-    batch, heads, n_tokens, channels = query.shape
-    return query.new_empty(batch, n_tokens, heads, channels).transpose(1, 2)
+    return (
+        reference.empty_like_query(query),
+        *grads,
+        query.new_empty(0 if gate is None else gate.shape, dtype=torch.float32),
+    )
 
 
 def _save(ctx, inputs, output) -> None:
@@ -256,13 +255,10 @@ class PrototypeAttention(nn.Module):
         num_heads: H; divides `dim`.
         gated: blends the two banks by a gate learnt per token and head, which starts at one half; otherwise one softmax
             runs over both banks together.
-        qkv_bias: whether the projections of tokens and banks have a bias.
         bank_dim: channels of the prototypes; `dim` when None.
     """
 
-    def __init__(
-        self, dim: int, num_heads: int, gated: bool = True, qkv_bias: bool = True, bank_dim: int | None = None
-    ) -> None:
+    def __init__(self, dim: int, num_heads: int, gated: bool = True, bank_dim: int | None = None) -> None:
         super().__init__()
         check_int("dim", dim, 1)
         check_int("num_heads", num_heads, 1)
@@ -271,9 +267,9 @@ class PrototypeAttention(nn.Module):
         bank_dim = dim if bank_dim is None else bank_dim
         check_int("bank_dim", bank_dim, 1)
         self.num_heads = num_heads
-        self.query = nn.Linear(dim, dim, bias=qkv_bias)
-        self.local_bank = nn.Linear(bank_dim, 2 * dim, bias=qkv_bias)
-        self.global_bank = nn.Linear(bank_dim, 2 * dim, bias=qkv_bias)
+        self.query = nn.Linear(dim, dim)
+        self.local_bank = nn.Linear(bank_dim, 2 * dim)
+        self.global_bank = nn.Linear(bank_dim, 2 * dim)
         self.gate = nn.Linear(dim, num_heads) if gated else None
         if gated:
             nn.init.zeros_(self.gate.weight)

@@ -3,7 +3,8 @@
 `reference` is plain PyTorch on any device; `cpp` is the native library on CPU tensors; `triton` and `cuda` are for
 CUDA tensors. The choice is, in this order: the operator's keyword `backend=`, the innermost `use_backend` block, the
 environment variable DPDIFF_BACKEND, and `auto`: the fastest implementation that the tensors' device and dtype allow.
-On AMD's GPUs, where they have not run yet, Triton's kernels have to be asked for.
+On AMD's GPUs, where they have not run yet, Triton's kernels have to be asked for. On NVIDIA's, kernels need a compute
+capability of 8.0 or above.
 """
 
 import os
@@ -11,11 +12,15 @@ import platform
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch.autograd import forward_ad
+
+from dpdiff_kernels.checks import check_choice
 
 NAMES = ("reference", "cpp", "triton", "cuda")
 
@@ -30,6 +35,9 @@ class Backend(NamedTuple):
         return self.available
 
 
+# As the native library reads it, once. That passes over what it doesn't know, so calls check it: an error at import
+# would be a traceback on the command line.
+_CPU_CAPABILITY = os.environ.get("DPDIFF_CPU_CAPABILITY")
 # Whether Triton kernels run in its interpreter, on CPU tensors: slow, for tests.
 _INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
@@ -78,9 +86,18 @@ _FOUND = {
     "cuda": _find_cuda(),
 }
 _REMEDY = "reinstall with a C++17 compiler: pip install --no-build-isolation --force-reinstall --no-deps ."
-# use_backend's stack. Of the process, not of the thread: a backward pass runs in threads of autograd's own.
-_forced: list[str] = []
 _warned = False
+
+
+@dataclass(eq=False)  # each is equal to itself only: of two with one name, the right one leaves
+class _Block:
+    """A `use_backend` block that runs."""
+
+    name: str
+
+
+# The innermost last. Of the process, not of the thread: a backward pass runs in threads of autograd's own.
+_blocks: list[_Block] = []
 
 
 def backends() -> dict[str, Backend]:
@@ -102,11 +119,12 @@ def use_backend(name: str) -> Iterator[None]:
         ValueError: `name` is unknown, or that backend isn't available here.
     """
     _check(name, "use_backend's name")
-    _forced.append(name)
+    block = _Block(name)
+    _blocks.append(block)
     try:
         yield
     finally:
-        _forced.pop()
+        _blocks.remove(block)  # not always the last: another thread's may have begun since
 
 
 def select(backend: str | None, implemented: tuple[str, ...], *tensors: torch.Tensor | None) -> str:
@@ -119,12 +137,13 @@ def select(backend: str | None, implemented: tuple[str, ...], *tensors: torch.Te
             float64 runs on the reference only.
 
     Raises:
-        ValueError: the backend asked for is unknown, isn't available, or can't take these tensors.
+        ValueError: the backend asked for is unknown, isn't available, or can't take these tensors; or, for tensors on
+            a CPU, DPDIFF_CPU_CAPABILITY is unknown.
         NotImplementedError: an input carries a forward-mode derivative, and the backend is another than the reference.
     """
     asked_by = "backend"
-    if backend is None and _forced:
-        backend = _forced[-1]
+    if backend is None and _blocks:
+        backend = _blocks[-1].name
     if backend is None:
         backend, asked_by = os.environ.get("DPDIFF_BACKEND", "auto"), "DPDIFF_BACKEND"
     if backend == "reference":
@@ -132,19 +151,26 @@ def select(backend: str | None, implemented: tuple[str, ...], *tensors: torch.Te
     _check(backend, asked_by)
 
     device = tensors[0].device.type
+    if device == "cpu" and _CPU_CAPABILITY is not None:
+        check_choice("DPDIFF_CPU_CAPABILITY", _CPU_CAPABILITY, ("amx", "avx512", "avx2", "portable"))
     possible = [name for name in implemented if _runs_on(name, device)]
     if tensors[0].dtype == torch.float64:
+        possible = ["reference"]
+    shortcoming = _shortcoming(tensors[0].device) if len(possible) > 1 else ""
+    if shortcoming:
         possible = ["reference"]
     if backend != "auto":
         if backend not in possible:
             raise ValueError(
-                f"{asked_by} is {backend!r}, which can't run this call on {device} {tensors[0].dtype} tensors: "
-                f"expected one of {', '.join(possible)}"
+                f"{asked_by} is {backend!r}, which can't run this call on {device} {tensors[0].dtype} tensors"
+                f"{shortcoming and f' ({shortcoming})'}: expected one of {', '.join(possible)}"
             )
         refuse_tangents(backend, *tensors)
         return backend
     if device == "cpu" and not _LIBRARY and "cpp" in implemented:
-        _warn_once()
+        _warn_once(f"{_LIBRARY.reason}; {_REMEDY}")
+    if shortcoming:
+        _warn_once(shortcoming)
     asked_for = {"triton"} if device == "cpu" or torch.version.hip else set()
     backend = next(name for name in possible if name not in asked_for)
     refuse_tangents(backend, *tensors)
@@ -171,6 +197,24 @@ def _runs_on(name: str, device: str) -> bool:
     return device == on and _FOUND[name].available
 
 
+def _shortcoming(device: torch.device) -> str:
+    """Why kernels for GPUs don't run on this one, if they don't."""
+    if device.type != "cuda" or torch.version.hip:
+        return ""
+    # torch.compile, which warns of caches, asks once anyway.
+    major, minor = (_capability if torch.compiler.is_compiling() else _known_capability)(device.index)
+    return "" if major >= 8 else f"cuda:{device.index} has compute capability {major}.{minor}, below 8.0"
+
+
+def _capability(index: int) -> tuple[int, int]:
+    # Not get_device_capability, which torch.compile would leave in its graph.
+    found = torch.cuda.get_device_properties(index)
+    return found.major, found.minor
+
+
+_known_capability = cache(_capability)  # asking the driver takes as long as a launch
+
+
 def _check(name: str, argument: str) -> None:
     if name != "auto" and name not in NAMES:
         raise ValueError(f"{argument} is {name!r}: expected auto, {', '.join(NAMES)}")
@@ -178,12 +222,12 @@ def _check(name: str, argument: str) -> None:
         raise ValueError(f"{argument} is {name!r}, which isn't available here: {_FOUND[name].reason}")
 
 
-def _warn_once() -> None:
+def _warn_once(reason: str) -> None:
     global _warned
     if not _warned and not torch.compiler.is_compiling():
         _warned = True
         warnings.warn(
-            f"dpdiff_kernels runs on its slow reference implementation: {_LIBRARY.reason}; {_REMEDY}",
+            f"dpdiff_kernels runs on its slow reference implementation: {reason}",
             RuntimeWarning,
             stacklevel=4,
         )

@@ -6,10 +6,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from dpdiff_kernels import reference
 from dpdiff_kernels.checks import check_choice, check_floats, check_int, check_shape
 from dpdiff_kernels.nearest import nearest_prototype, prototype_statistics
 
-# Elements of a chunk (64 MB): what is converted is held for one chunk at a time.
+# Elements of a chunk (64 MB in float32): the iterations convert one at a time.
 _CHUNK = 1 << 24
 # k-means++ looks at this many tokens for each prototype, drawn at random where there are more.
 _SEEDING_TOKENS = 32
@@ -46,8 +47,9 @@ def kmeans(
         TypeError, ValueError: an argument's type, dtype, shape, device or value is wrong, NaN or Inf in tokens or init
             included.
 
-    O(N K D) for an iteration; memory beyond the input stays below one chunk of 64 MB for each step, and the seeding's
-    subset where one is drawn.
+    O(N K D) for an iteration. Memory beyond the input: a few chunks of 2^24 elements (64 MB in float32) and a few
+    numbers for each token; for k-means++ also the tokens that it looks at, 32 K at most, in float32 (float64 for
+    float64), and O(log K) numbers for each of them.
     """
     check_floats(tokens=tokens)
     if torch.is_autocast_enabled(tokens.device.type):  # which would seed from distances in its own dtype
@@ -89,7 +91,7 @@ def kmeans(
 
 def _is_finite(x: Tensor) -> bool:
     # A sum shows NaN and Inf several times as fast as a look at each; one that overflows is looked into.
-    return bool(x.sum(dtype=torch.promote_types(x.dtype, torch.float32)).isfinite()) or bool(x.isfinite().all())
+    return bool(x.sum(dtype=reference.accumulation_dtype(x)).isfinite()) or bool(x.isfinite().all())
 
 
 def _chunk_length(tokens: Tensor) -> int:
@@ -99,7 +101,7 @@ def _chunk_length(tokens: Tensor) -> int:
 def _chunks(tokens: Tensor) -> Iterator[Tensor]:
     """The tokens in float32 or float64."""
     for chunk in tokens.split(_chunk_length(tokens)):
-        yield chunk.to(torch.promote_types(tokens.dtype, torch.float32))
+        yield chunk.to(reference.accumulation_dtype(tokens))
 
 
 def _inverse_norm(x: Tensor) -> Tensor:
@@ -113,7 +115,7 @@ def _inverse_norm(x: Tensor) -> Tensor:
 
 def _prepare(tokens: Tensor, metric: str) -> Tensor:
     """Tokens as they are clustered: float32 or float64, of unit length for cosine."""
-    tokens = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
+    tokens = tokens.to(reference.accumulation_dtype(tokens))
     return tokens if metric == "l2" else tokens * _inverse_norm(tokens).unsqueeze(-1)
 
 

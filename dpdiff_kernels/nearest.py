@@ -1,4 +1,4 @@
-"""Nearest-prototype search, aggregation and statistics, and k-means on top of them."""
+"""Nearest-prototype search, aggregation and statistics."""
 
 import math
 from collections.abc import Callable
@@ -177,7 +177,7 @@ def prototype_statistics(
     implementation = _implementation("prototype_statistics", select(backend, _BACKENDS, tokens, prototypes))
     tokens = tokens.reshape(math.prod(tokens.shape[:-1]), tokens.shape[-1]).contiguous()
     if weights is not None:
-        weights = weights.detach().to(torch.promote_types(tokens.dtype, torch.float32)).flatten().contiguous()
+        weights = weights.detach().to(reference.accumulation_dtype(tokens)).flatten().contiguous()
     counts, sums, inertia = implementation(tokens, prototypes.contiguous(), metric, weights, with_inertia)
     return PrototypeStatistics(counts, sums, inertia if with_inertia else None)
 

@@ -10,6 +10,12 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+
+def accumulation_dtype(tensor: Tensor) -> torch.dtype:
+    """In which every operator adds up: float64 for float64, float32 for all others."""
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # nearest prototype: everything is computed in float64, so that the choice and the scores are exact to float32 rounding.
 
@@ -23,7 +29,7 @@ def nearest_prototype(
     """tokens (B, N, D), prototypes (K, D) or (B, K, D) -> scores (B, N, k), indices (B, N, k)."""
     indices = _nearest_indices(tokens, prototypes, k, metric, groups, active_groups)
     scores = _scores(tokens.double(), _rows(prototypes.double(), indices), metric)
-    return scores.to(_accumulation_dtype(tokens)), indices
+    return scores.to(accumulation_dtype(tokens)), indices
 
 
 def aggregate_nearest(
@@ -43,7 +49,7 @@ def aggregate_nearest(
     # Relative to the best, whatever the temperature: a quotient of theirs may overflow.
     weights = torch.softmax((goodness - goodness.detach().amax(-1, keepdim=True)) / temperature, dim=-1)
     values = (weights.unsqueeze(-1) * rows).sum(-2)
-    return values.to(tokens.dtype), scores.to(_accumulation_dtype(tokens)), indices
+    return values.to(tokens.dtype), scores.to(accumulation_dtype(tokens)), indices
 
 
 @torch.no_grad()
@@ -60,12 +66,8 @@ def prototype_statistics(
     sums = zeros.index_put((indices,), tokens.double() * weights.unsqueeze(-1), accumulate=True)
     distances = {"l2": scores, "dot": -scores, "cosine": 1 - scores}[metric]
     inertia = (distances * weights).sum() if with_inertia else counts.new_zeros(())
-    dtype = _accumulation_dtype(tokens)
+    dtype = accumulation_dtype(tokens)
     return counts.to(dtype), sums.to(dtype), inertia.to(dtype)
-
-
-def _accumulation_dtype(tokens: Tensor) -> torch.dtype:
-    return torch.float64 if tokens.dtype == torch.float64 else torch.float32
 
 
 def _rows(prototypes: Tensor, indices: Tensor) -> Tensor:
@@ -161,7 +163,7 @@ def prototype_attention(
 ) -> Tensor:
     """query (B, H, N, E); banks (H, M, E) or (B, H, M, E); gate (B, H, N); groups (M,); active_groups (B, G)."""
     dtype = query.dtype
-    compute = torch.promote_types(dtype, torch.float32)
+    compute = accumulation_dtype(query)
     query = query.to(compute) * scale
     local_key, local_value = local_key.to(compute), local_value.to(compute)
     hidden = None
@@ -193,6 +195,12 @@ def prototype_attention(
     return (local_weights @ local_value + global_weights @ global_value).to(dtype)
 
 
+def empty_like_query(query: Tensor) -> Tensor:
+    """What other backends answer in: tokens outside and heads inside in memory, as for heads that are joined again."""
+    batch, heads, n_tokens, channels = query.shape
+    return query.new_empty(batch, n_tokens, heads, channels).transpose(1, 2)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # routing, for every operator that takes it
 
@@ -221,8 +229,10 @@ def sinkhorn(
     tol: float | None,
     tau_a: float | None,
     tau_b: float | None,
+    return_plan: bool,
 ) -> tuple[Tensor, ...]:
-    """Returns plan (B, N, M), f (B, N), g (B, M), cost (B,), value (B,), n_iters (B,) and error (B,)."""
+    """Returns plan (B, N, M), f (B, N), g (B, M), cost (B,), value (B,), n_iters (B,) and error (B,). Without
+    return_plan, plan is (0, N, M)."""
     dtype = cost.dtype
     cost, a, b = _wide(cost), _wide(a), _wide(b)
     f, g, used = _iterate(
@@ -236,6 +246,7 @@ def sinkhorn(
     total = (plan * torch.where(cost < math.inf, cost, 0)).sum((-2, -1))
     value = _Envelope.apply(cost, a, b, f, g, plan, eps, tau_a, tau_b)
     error = violation(plan.sum(-1), f, a, tau_a) + violation(plan.sum(-2), g, b, tau_b)
+    plan = plan if return_plan else plan[:0]
     outputs = (plan, f + poison[:, None], g + poison[:, None], total + poison, value + poison)
     return *(x.to(dtype) for x in outputs), used, (error + poison).detach().float()
 

@@ -129,8 +129,8 @@ def sinkhorn(
     f + eps (sum b - 1) for a, g + eps (sum a - 1) for b (the potentials, for weights that sum to 1); exact at
     convergence. Through plan, cost, f and g as exact derivatives of the iterations that ran, converged or not: the
     backward pass runs them again and holds n_iters (N + M) numbers (cpp: of one problem per thread at a time), never
-    n_iters N M. There, zero weights and infinite costs get a zero gradient. Second derivatives: on cpp those of value
-    only, on the reference all. No backend has forward-mode derivatives: an error.
+    n_iters N M. There, zero weights and infinite costs get a zero gradient. Second derivatives: on the reference all,
+    elsewhere those of value only. No backend has forward-mode derivatives: an error.
 
     Work: O(N M) per iteration.
 
@@ -153,19 +153,16 @@ def sinkhorn(
     *batch, n, m = cost.shape
     name = select(backend, _implemented(n, m), cost, a, b)
     size = math.prod(batch)
-    dtype = torch.float64 if cost.dtype == torch.float64 else torch.float32
+    dtype = reference.accumulation_dtype(cost)
     flat_cost = cost.reshape(size, n, m).to(dtype)
     flat_a = _weights("a", a, batch, n, flat_cost)
     flat_b = _weights("b", b, batch, m, flat_cost)
     if a is not None or b is not None:
         _check_masses(flat_a, flat_b, cost.dtype, balanced=tau_a is None and tau_b is None)
     problem = flat_cost, flat_a, flat_b, eps, n_iters, tol, tau_a, tau_b
-    if name == "reference":
-        plan, f, g, *scalars = reference.sinkhorn(*problem)
-    else:
-        # the plan is also the gradient of value with respect to cost
-        keep_plan = return_plan or (torch.is_grad_enabled() and any(t.requires_grad for t in problem[:3]))
-        plan, f, g, *scalars = _OPERATORS[name].sinkhorn(*problem, keep_plan)
+    # the plan is also the gradient of value with respect to cost
+    keep_plan = return_plan or (torch.is_grad_enabled() and any(t.requires_grad for t in problem[:3]))
+    plan, f, g, *scalars = _OPERATORS[name].sinkhorn(*problem, keep_plan)
     return Transport(
         plan.view(*batch, n, m) if return_plan else None,
         f.view(*batch, n),
@@ -223,7 +220,7 @@ def sinkhorn_points(
 
     *batch, n, d = x.shape
     m, size = y.shape[-2], math.prod(batch)
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    dtype = reference.accumulation_dtype(x)
     flat_x, flat_y = x.reshape(size, n, d).to(dtype), y.reshape(size, m, d).to(dtype)
     flat_a = _weights("a", a, batch, n, flat_x)
     flat_b = _weights("b", b, batch, m, flat_x)
@@ -390,7 +387,7 @@ def _register(namespace: str, *modules: Any) -> SimpleNamespace:
     return ops
 
 
-# All have the functions of `reference`, but for what its docstrings say.
+# All have the functions `sinkhorn`, `sinkhorn_points` and `sinkhorn_apply` of `reference`.
 _OPERATORS: dict[str, Any] = {"reference": reference}
 if backends()["cpp"]:
     _OPERATORS["cpp"] = _OPERATORS["cuda"] = _register("dpdiff")

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dpdiff_kernels.reference import empty_like_query
 from dpdiff_kernels.triton.attention_backward import add_parts_kernel, bank_gradient_kernel, query_gradient_kernel
 from dpdiff_kernels.triton.attention_forward import forward_kernel
 from dpdiff_kernels.triton.launch import (
@@ -149,12 +150,6 @@ def _constants(problem: Problem, channels: int, tile: Tile) -> dict:
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,
     }
-
-
-def empty_like_query(query: Tensor) -> Tensor:
-    """With tokens outside and heads inside in memory: the layout in which heads are joined again."""
-    batch, heads, n_tokens, channels = query.shape
-    return query.new_empty(batch, n_tokens, heads, channels).transpose(1, 2)
 
 
 @registered(torch.library.triton_op)

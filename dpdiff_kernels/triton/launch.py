@@ -5,7 +5,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -92,11 +92,14 @@ class Variant:
     num_warps: int = 4
     num_stages: int = 2
     divisible: tuple[str, ...] = ()
-    name: str = field(default="")
+
+    @property
+    def name(self) -> str:
+        return self.kernel.fn.__name__
 
     def __str__(self) -> str:
         constants = " ".join(f"{name}={value}" for name, value in self.constants.items())
-        return f"{self.name or self.kernel.fn.__name__} {constants} warps={self.num_warps} stages={self.num_stages}"
+        return f"{self.name} {constants} warps={self.num_warps} stages={self.num_stages}"
 
 
 class Resources(NamedTuple):

@@ -1,9 +1,9 @@
 """The kernels of the nearest-prototype search: pack, screen, settle, exhaust.
 
 Screening computes a key for every pair on tensor cores, in 16 bits, and keeps each token's best few. A key's error is
-bounded (`_settle`): of those few, all that may be among the k best are scored in float64. Where a key that was not kept
-could still be among them (near ties, overflow, NaN), the token goes on a list, and `_exhaust` scores all its prototypes
-in float64. So the answer is exact, whatever the screening's precision.
+bounded (`settle_kernel`): of those few, all that may be among the k best are scored in float64. Where a key that was
+not kept could still be among them (near ties, overflow, NaN), the token goes on a list, and `exhaust_kernel` scores all
+its prototypes in float64. So the answer is exact, whatever the screening's precision.
 
 bfloat16 and float16 operands are screened as they are, but for prototypes under cosine, which are packed: scaled to
 `LENGTH`. Float32 operands, and rows that don't begin at 32 bytes, are packed as float16, which rounds eight times less

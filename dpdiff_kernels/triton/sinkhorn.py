@@ -18,6 +18,7 @@ from dpdiff_kernels.triton.launch import Variant, ceil_div, on_device, registere
 from dpdiff_kernels.triton.sinkhorn_iterations import adjoint, carried, damping, iterate, scalars, stopped, violation
 
 _INF = tl.constexpr(float("inf"))
+_GRADIENT_TILE = {"ROWS": 32, "WIDTH": 64}
 
 
 # Tiles of (output points, reduced points) and warps. The matrix is contiguous in the reduced points for rows, in the
@@ -45,7 +46,7 @@ def _tile(cost, b, i, j, n, m, COLUMNS: tl.constexpr):
     else:
         at = i[:, None].to(tl.int64) * m + j[None, :]
     inside = (i < n)[:, None] & (j < m)[None, :]
-    return tl.load(cost + b.to(tl.int64) * n * m + at, mask=inside, other=_INF)
+    return tl.load(cost + b * n * m + at, mask=inside, other=_INF)
 
 
 @triton.jit(do_not_specialize=["k"])
@@ -56,7 +57,7 @@ def _half_step(
 ):  # fmt: skip
     """out_i = -damp eps log sum_j exp((h_j - cost_ij) / eps), h = high + low, for n output and m reduced points."""
     tiles = tl.cdiv(n, OUT)
-    b = tl.program_id(0) // tiles
+    b = (tl.program_id(0) // tiles).to(tl.int64)
     tile = tl.program_id(0) % tiles
     if TOL:
         if stopped(used, parts, stranded, b, k, n_parts, tol, COLUMNS):
@@ -102,7 +103,7 @@ def _transport(
     """sums_i = sum_j P_ij factor_j (1 where there is none), for P_ij = exp((h_i + k_j - cost_ij) / eps); and, where
     asked for, P itself and totals_i = sum_j P_ij cost_ij."""
     tiles = tl.cdiv(n, OUT)
-    b = tl.program_id(0) // tiles
+    b = (tl.program_id(0) // tiles).to(tl.int64)
     i = (tl.program_id(0) % tiles) * OUT + tl.arange(0, OUT)
     keep = i < n
     h = tl.load(h_high + b * n + i, mask=keep, other=-_INF)
@@ -117,7 +118,7 @@ def _transport(
         p = _plan(h[:, None], h_rest[:, None], k[None, :], k_rest[None, :], c, scale)
         if plan is not None:
             inside = keep[:, None] & (j < m)[None, :]
-            tl.store(plan + b.to(tl.int64) * n * m + i[:, None].to(tl.int64) * m + j[None, :], p, mask=inside)
+            tl.store(plan + b * n * m + i[:, None].to(tl.int64) * m + j[None, :], p, mask=inside)
         if totals is not None:
             total += tl.sum(p * tl.where(c < _INF, c, 0.0), 1)
         if factor is not None:
@@ -143,7 +144,7 @@ def _cost_gradient(
 ):  # fmt: skip
     """out_ij += the sum over iterations of Q_ij factor_j + R_ij factor_i, of potentials (B, n_iters, N or M)."""
     row_tiles, column_tiles = tl.cdiv(n, ROWS), tl.cdiv(m, WIDTH)
-    b = tl.program_id(0) // (row_tiles * column_tiles)
+    b = (tl.program_id(0) // (row_tiles * column_tiles)).to(tl.int64)
     tile = tl.program_id(0) % (row_tiles * column_tiles)
     i = tile // column_tiles * ROWS + tl.arange(0, ROWS)
     j = tile % column_tiles * WIDTH + tl.arange(0, WIDTH)
@@ -151,8 +152,8 @@ def _cost_gradient(
     c = _tile(cost, b, i, j, n, m, False)
     total = tl.zeros((ROWS, WIDTH), tl.float32)
     for k in range(0, tl.load(used + b).to(tl.int32)):
-        row = (b.to(tl.int64) * n_iters + k) * n + i
-        column = (b.to(tl.int64) * n_iters + k) * m + j
+        row = (b * n_iters + k) * n + i
+        column = (b * n_iters + k) * m + j
         h = tl.load(q_h_high + row, mask=in_rows, other=-_INF)[:, None]
         h_rest = tl.load(q_h_low + row, mask=in_rows, other=0.0)[:, None]
         p_k = tl.load(q_k_high + column, mask=in_columns, other=-_INF)[None, :]
@@ -165,7 +166,7 @@ def _cost_gradient(
         p_rest = tl.load(r_k_low + column, mask=in_columns, other=0.0)[None, :]
         factor = tl.load(r_factor + row, mask=in_rows, other=0.0)[:, None]
         total += _plan(h, h_rest, p_k, p_rest, c, scale) * factor
-    to = out + b.to(tl.int64) * n * m + i[:, None].to(tl.int64) * m + j[None, :]
+    to = out + b * n * m + i[:, None].to(tl.int64) * m + j[None, :]
     inside = in_rows[:, None] & in_columns[None, :]
     tl.store(to, tl.load(to, mask=inside, other=0.0) + total, mask=inside)
 
@@ -186,6 +187,9 @@ class _Costs:
     def __init__(self, cost: Tensor, eps: float):
         self.cost, self.eps, self.scale = cost, eps, 1.4426950408889634 / eps
         self.batch, self.n, self.m = cost.shape
+        self.good = torch.ones(self.batch, dtype=torch.bool, device=cost.device)
+        if self.n and self.m:
+            self.good = cost.amin((1, 2)) > -float("inf")  # NaN isn't either
 
     def _grid(self, columns: bool) -> tuple[int]:
         return (self.batch * ceil_div(self.m if columns else self.n, _tiles(columns)["OUT"]),)
@@ -223,11 +227,11 @@ class _Costs:
 
     def add_gradient(self, out: Tensor, used: Tensor, q: tuple[Tensor, ...], r: tuple[Tensor, ...]) -> None:
         if out.numel():
-            tiles = {"ROWS": 32, "WIDTH": 64}
-            grid = self.batch * ceil_div(self.n, 32) * ceil_div(self.m, 64)
+            tile = _GRADIENT_TILE
+            grid = self.batch * ceil_div(self.n, tile["ROWS"]) * ceil_div(self.m, tile["WIDTH"])
             _cost_gradient[(grid,)](
                 out, self.cost, used, *_pair(q[0]), *_pair(q[1]), q[2], *_pair(r[0]), *_pair(r[1]), r[2],
-                self.n, self.m, q[0].shape[1], self.scale, **tiles, num_warps=4,
+                self.n, self.m, q[0].shape[1], self.scale, **tile, num_warps=4,
             )  # fmt: skip
 
 
@@ -258,8 +262,7 @@ def sinkhorn(
         rows = costs.transport(False, h, k, plan=plan if return_plan else None, totals=totals)
         columns = costs.transport(True, h, k)
     value, error = scalars(f, g, rows, columns, a, b, eps, tau_a, tau_b)
-    good = cost.amin((1, 2)) > -float("inf") if n and m else torch.ones_like(used, dtype=torch.bool)  # NaN: neither
-    poison = reference.poison_of(good, a, b).double()
+    poison = reference.poison_of(costs.good, a, b).double()
     plan += poison.float()[: len(plan), None, None]
     f, g, total, value, error = (
         (x + poison.view(-1, *[1] * (x.dim() - 1))).float() for x in (f, g, totals.sum(-1), value, error)
@@ -317,8 +320,7 @@ def sinkhorn_backward(
             to_a, to_b = to_a - eps * rows, to_b - eps * columns
         costs.add_gradient(of_cost, used, q, r)
     of_a, of_b = (torch.where(w > 0, x / w, 0).float() for x, w in ((to_a, a), (to_b, b)))
-    good = cost.amin((1, 2)) > -float("inf") if cost[0:1].numel() else torch.ones_like(used, dtype=torch.bool)
-    poison = reference.poison_of(good, a, b)
+    poison = reference.poison_of(costs.good, a, b)
     return of_cost + poison[:, None, None], of_a + poison[:, None], of_b + poison[:, None]
 
 
@@ -345,4 +347,4 @@ def variants(arch: str) -> Iterator[Variant]:
     sides = [f"{side}_{name}" for side in "qr" for name in ("h_high", "h_low", "k_high", "k_low", "factor")]
     signature = dict.fromkeys(("out", "cost", *sides), "*fp32") | {"used": "*i64"}
     signature |= {"n": "i32", "m": "i32", "n_iters": "i32", "scale": "fp32"}
-    yield Variant(_cost_gradient, signature, {"ROWS": 32, "WIDTH": 64}, 4, divisible=("n", "m"))
+    yield Variant(_cost_gradient, signature, _GRADIENT_TILE, 4, divisible=("n", "m"))

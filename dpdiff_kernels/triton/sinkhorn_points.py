@@ -101,15 +101,15 @@ def _half_step(
     """out_i = -damp eps log sum_j exp((h_j - cost_ij) / eps) for points x (n, dim) and y (m, dim), the latter with
     biases; own (n,) is what of x's costs belongs to x alone."""
     tiles = tl.cdiv(n, OUT)
-    b = tl.program_id(0) // tiles
+    b = (tl.program_id(0) // tiles).to(tl.int64)
     tile = tl.program_id(0) % tiles
     if TOL:
         if stopped(used, parts, stranded, b, k, n_parts, tol, COLUMNS):
             return
     i = tile * OUT + tl.arange(0, OUT)
     keep = i < n
-    x += b.to(tl.int64) * n * dim
-    y += b.to(tl.int64) * m * dim
+    x += b * n * dim
+    y += b * m * dim
     i_wide = i.to(tl.int64)
     first = _points(x, i_wide, keep, 0, dim, CHUNK)
     most = tl.full((OUT,), -_INF, tl.float32)
@@ -147,12 +147,12 @@ def _apply(
     """sums_i = sum_j P_ij w_j and, where there is a v, out_i = sum_j P_ij v_j, for the plan P of biases row and column,
     each entry times u_i t_j where these are there. Program axis 1 is the part of v's dimension."""
     tiles = tl.cdiv(n, OUT)
-    b = tl.program_id(0) // tiles
+    b = (tl.program_id(0) // tiles).to(tl.int64)
     i = (tl.program_id(0) % tiles) * OUT + tl.arange(0, OUT)
     keep = i < n
-    b_wide, i_wide = b.to(tl.int64), i.to(tl.int64)
-    x += b_wide * n * dim
-    y += b_wide * m * dim
+    i_wide = i.to(tl.int64)
+    x += b * n * dim
+    y += b * m * dim
     first = _points(x, i_wide, keep, 0, dim, CHUNK)
     own = tl.load(row + b * n + i, mask=keep, other=-_INF)
     summed = tl.zeros((OUT,), tl.float32)
@@ -165,17 +165,17 @@ def _apply(
         p = tl.exp2(tl.minimum(e, 126.0))
         if u is not None:
             p *= _products(
-                u + b_wide * n * dim_u, t + b_wide * m * dim_u, i_wide, j_wide, keep, inside, first, dim_u,
+                u + b * n * dim_u, t + b * m * dim_u, i_wide, j_wide, keep, inside, first, dim_u,
                 OUT, REDUCED, CHUNK_U, False, PRECISION,
             )  # fmt: skip
         summed += tl.sum(p * tl.load(w + b * m + j, mask=inside, other=0.0)[None, :], 1)
         if v is not None:
-            vectors = _points(v + b_wide * m * dim_v, j_wide, inside, tl.program_id(1) * CHUNK_V, dim_v, CHUNK_V)
+            vectors = _points(v + b * m * dim_v, j_wide, inside, tl.program_id(1) * CHUNK_V, dim_v, CHUNK_V)
             moved = tl.dot(p, vectors, moved, input_precision=PRECISION)
     tl.store(sums + b * n + i, summed, mask=keep & (tl.program_id(1) == 0))
     if v is not None:
         d = tl.program_id(1) * CHUNK_V + tl.arange(0, CHUNK_V)
-        to = out + b_wide * n * dim_v + i_wide[:, None] * dim_v + d[None, :]
+        to = out + b * n * dim_v + i_wide[:, None] * dim_v + d[None, :]
         tl.store(to, moved, mask=keep[:, None] & (d < dim_v)[None, :])
 
 

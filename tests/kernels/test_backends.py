@@ -5,6 +5,8 @@ import os
 import subprocess
 import sys
 import warnings
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -68,10 +70,105 @@ def test_use_backend_is_undone_by_an_exception():
     assert module.select(None, ("cpp", "reference"), TOKENS) == "cpp"
 
 
+def test_blocks_of_threads_that_end_in_another_order():
+    first, second = dk.use_backend("reference"), dk.use_backend("cpp")
+    third = dk.use_backend("reference")
+    chosen = []
+    for step in (first.__enter__, second.__enter__, third.__enter__, lambda: first.__exit__(None, None, None)):
+        step()
+        chosen.append(module.select(None, ("cpp", "reference"), TOKENS))
+    third.__exit__(None, None, None)
+    chosen.append(module.select(None, ("cpp", "reference"), TOKENS))
+    second.__exit__(None, None, None)
+    assert chosen == ["reference", "cpp", "reference", "reference", "cpp"]
+    assert not module._blocks
+
+
 def test_float64_runs_on_the_reference():
     assert module.select(None, ("cpp", "reference"), TOKENS.double()) == "reference"
     with pytest.raises(ValueError, match=r"backend is 'cpp'.*float64"):
         module.select("cpp", ("cpp", "reference"), TOKENS.double())
+
+
+class Properties(NamedTuple):
+    """Of a GPU."""
+
+    major: int
+    minor: int
+
+
+class TestCapabilities:
+    """Of GPUs, on any machine: of a call's tensors, only device and dtype are looked at."""
+
+    OPERATOR = ("cuda", "triton", "cpp", "reference")
+
+    @pytest.fixture
+    def on_gpu(self, monkeypatch):
+        """Tensors on a GPU of the given capability, which the driver is asked for at most once."""
+        monkeypatch.setattr(module, "_INTERPRETED", False)
+        monkeypatch.setattr(module, "_warned", False)
+        for name in ("cuda", "triton"):
+            monkeypatch.setitem(module._FOUND, name, module.Backend(True, "pretended"))
+
+        def tensor(major, minor, dtype=torch.float32):
+            asked = []
+
+            def properties(index):
+                asked.append(index)
+                assert asked == [1]
+                return Properties(major, minor)
+
+            monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
+            module._known_capability.cache_clear()
+            return SimpleNamespace(device=torch.device("cuda:1"), dtype=dtype)
+
+        yield tensor
+        module._known_capability.cache_clear()
+
+    def test_auto_falls_back_to_the_reference_below_8(self, on_gpu):
+        old = on_gpu(7, 5)
+        with pytest.warns(
+            RuntimeWarning, match=r"reference implementation: cuda:1 has compute capability 7\.5"
+        ) as caught:
+            assert [module.select(None, self.OPERATOR, old) for _ in range(2)] == ["reference"] * 2
+        assert len(caught) == 1
+
+    @pytest.mark.parametrize("name", ["triton", "cuda"])
+    def test_an_explicit_choice_is_an_error_below_8(self, on_gpu, name):
+        old = on_gpu(7, 0)
+        message = rf"{name}'.*\(cuda:1 has compute capability 7\.0, below 8\.0\): expected one of reference$"
+        with pytest.raises(ValueError, match=f"^backend is '{message}"):
+            module.select(name, self.OPERATOR, old)
+        with dk.use_backend(name), pytest.raises(ValueError, match=message):
+            module.select(None, self.OPERATOR, old)
+        assert module.select("reference", self.OPERATOR, old) == "reference"
+
+    @pytest.mark.parametrize("capability", [(8, 0), (9, 0), (12, 1)])
+    def test_from_8_on_the_fastest_runs(self, on_gpu, capability):
+        new = on_gpu(*capability)
+        assert module.select(None, self.OPERATOR, new) == "cuda"
+        assert module.select("triton", self.OPERATOR, new) == "triton"
+
+    @pytest.mark.filterwarnings("error")
+    def test_is_not_asked_for_in_vain(self, on_gpu, monkeypatch):
+        old = on_gpu(7, 5)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", None)
+        assert (
+            module.select(None, self.OPERATOR, SimpleNamespace(device=old.device, dtype=torch.float64)) == "reference"
+        )
+        monkeypatch.setattr(torch.version, "hip", "7.0")
+        assert module.select("triton", self.OPERATOR, old) == "triton"
+
+    @pytest.mark.filterwarnings("error")
+    def test_compiled_code_knows_it(self, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: Properties(7, 5))
+        torch._dynamo.reset()
+
+        @torch.compile(fullgraph=True, backend="eager")
+        def shortcoming(x):
+            return x + len(module._shortcoming(torch.device("cuda:1")))
+
+        assert shortcoming(torch.zeros(1)) == len("cuda:1 has compute capability 7.5, below 8.0")
 
 
 @pytest.mark.parametrize("name", ["fastest", "CPP", ""])
@@ -142,6 +239,21 @@ print(len([w for w in caught if "reference implementation" in str(w.message)]))
     result = run(code)
     assert result.returncode == 0, result.stderr
     assert result.stdout.split() == ["1"]
+
+
+def test_an_unknown_instruction_set_is_an_error_of_the_call():
+    code = "import torch, dpdiff_kernels as dk; dk.nearest_prototype(torch.ones(2, 3), torch.ones(1, 3))"
+    result = run(code, DPDIFF_CPU_CAPABILITY="avx-512")
+    expected = "DPDIFF_CPU_CAPABILITY is 'avx-512': expected 'amx', 'avx512', 'avx2', 'portable'"
+    assert result.returncode == 1 and result.stderr.endswith(f"\nValueError: {expected}\n"), result.stderr
+
+
+@pytest.mark.parametrize("wanted", ["AVX2", ""])
+def test_unknown_instruction_sets(wanted, monkeypatch):
+    monkeypatch.setattr(module, "_CPU_CAPABILITY", wanted)
+    with pytest.raises(ValueError, match=f"DPDIFF_CPU_CAPABILITY is '{wanted}': expected 'amx', "):
+        dk.nearest_prototype(TOKENS, PROTOTYPES)
+    dk.nearest_prototype(TOKENS, PROTOTYPES, backend="reference")
 
 
 @needs_cpp
