@@ -66,7 +66,7 @@ class Products:
         least |= {name: (count, 1) for name, count in counts.items()}
         for name, (value, low) in least.items():
             if value < low:
-                raise ValueError(f"{name} must be at least {low}, got {value}")
+                raise ValueError(f"{name} is {value}: expected at least {low}")
         folder = Path(root) if root is not None else user_cache() / "products"
         folder = folder / "-".join(map(str, (f"v{_VERSION}", f"seed{seed}", f"{size}px", *counts.values())))
         store = folder / "all"
