@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 
 @contextlib.contextmanager
@@ -55,6 +57,12 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
                 raise
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
+
+
+def write_json(path: str | os.PathLike, content: Any) -> None:
+    """Write content as JSON, whole or not at all. Raises ValueError for NaN and infinity, which JSON doesn't have."""
+    with atomic_write(path) as tmp:
+        tmp.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def user_cache() -> Path:
