@@ -9,23 +9,21 @@ its groups hold otherwise, but the same ones as every other image.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks import results
+from benchmarks import report, results
 from dpdiff import DPDiffAD, training
 from dpdiff.cli.inputs import read_catalogue
 from dpdiff.data import AnomalyDataset
-from dpdiff.evaluation import evaluate
+from dpdiff.evaluation import FIGURE_NAMES, evaluate
 
-FIGURES = {"image_auroc": "image AUROC", "pixel_auroc": "pixel AUROC", "aupro": "AUPRO"}
+FIGURES = ("image_auroc", "pixel_auroc", "aupro")
 TRAINED = {  # options that differ from the defaults
     "DPDiff-AD": {},
     "no local bank": dict(condition=False, n_local=1, k=1, local_weight=0.0),
@@ -89,11 +87,11 @@ def _figures(model: DPDiffAD, catalogue) -> dict[str, float]:
 
 
 def table(rows: dict[str, dict[str, float]]) -> str:
-    lines = [["", *FIGURES.values()], ["---", *["---:"] * len(FIGURES)]]
-    for name in (*TRAINED, *SCORED):
-        figures = (f"{100 * rows[name][figure]:.1f}" if figure in rows[name] else "-" for figure in FIGURES)
-        lines.append([name, *figures])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    def percent(figures: dict[str, float]) -> Iterator[str]:
+        return (f"{100 * figures[name]:.1f}" if name in figures else "-" for name in FIGURES)
+
+    header = ("", *(FIGURE_NAMES[name] for name in FIGURES))
+    return report.table(header, [(name, *percent(rows[name])) for name in (*TRAINED, *SCORED)])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -107,7 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     found = study(args.data, args.steps, args.batch_size, args.seed)
     print(table(found["rows"]))
     if args.json:
-        Path(args.json).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        results.save(found, args.json)
     return 0
 
 

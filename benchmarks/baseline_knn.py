@@ -53,13 +53,13 @@ class PatchFeatures(nn.Module):
         return torch.cat(maps, 1).movedim(1, -1).contiguous()
 
 
-def coreset(features: Tensor, share: float, seed: int = 0) -> Tensor:
+def coreset(features: Tensor, share: float) -> Tensor:
     """Greedy k-centre selection of a share of features (N, D): each next one is the furthest from those chosen.
 
     Distances are those of a random projection to 128 dimensions, as in the authors' code. Of more than 64k features a
     random 64k are candidates: the time is O(candidates x chosen).
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     count = max(1, round(share * len(features)))
     features = features[torch.randperm(len(features), generator=generator)[: max(CANDIDATES, count)]]
     x = features
@@ -181,7 +181,7 @@ def main() -> None:
     parser.add_argument("--coreset", type=float, default=SHARE, help="share of patches kept (default: %(default)s)")
     args = parser.parse_args()
     if not 0 < args.coreset <= 1:
-        parser.error(f"--coreset must be in (0, 1], got {args.coreset}")
+        parser.error(f"--coreset is {args.coreset}: expected above 0 and at most 1")
     start = time.perf_counter()
     try:
         found = read_catalogue(args.data, need="train")

@@ -30,7 +30,7 @@ os.environ |= dict.fromkeys(("POT_BACKEND_DISABLE_JAX", "POT_BACKEND_DISABLE_TEN
 import dpdiff_kernels as dk  # noqa: E402
 from benchmarks import results  # noqa: E402
 from benchmarks.contenders import OURS, chosen_backend  # noqa: E402
-from benchmarks.limits import measure_limits  # noqa: E402
+from benchmarks.limits import measure_limits, processors  # noqa: E402
 from benchmarks.memory import peak_memory  # noqa: E402
 from benchmarks.timing import Call  # noqa: E402
 
@@ -44,10 +44,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--threads", type=int, default=processors(), help="of the processor (default: all)")
     group.addoption("--budget", type=float, default=1.0, help="seconds of timing per contender (default: 1)")
     group.addoption("--results", metavar="FILE", help="write cases, ratios, limits and what was skipped, as JSON")
-
-
-def processors() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -17,7 +17,6 @@ if __name__ == "__main__":
 import argparse
 import importlib
 import itertools
-import json
 import multiprocessing
 import pkgutil
 import re
@@ -33,6 +32,9 @@ from pathlib import Path
 from rich import box
 from rich.console import Console
 from rich.table import Table
+
+from benchmarks import results
+from benchmarks.limits import processors
 
 ROOT = Path(__file__).parents[1]
 CUDA_LIMITS = {"sm_80": 163 << 10, "sm_90a": 227 << 10}  # bytes of shared memory of one block
@@ -148,7 +150,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("modules", nargs="*", metavar="MODULE", help="with variants(), or CUDA files (default: all)")
     parser.add_argument("--arch", action="append", help="of Triton kernels: sm_80, sm_90 or gfx942 (default: all)")
     parser.add_argument("--sample", type=int, metavar="N", help="variants of each kernel, evenly spread (default: all)")
-    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: all cores)")
+    parser.add_argument("--jobs", type=int, default=processors(), help="processes (default: all cores)")
     parser.add_argument("--json", metavar="FILE", help="write every variant's registers, spills and shared memory")
     args = parser.parse_args(arguments)
     console = Console(width=None if sys.stdout.isatty() else 160)
@@ -185,8 +187,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console.print(f"{report.arch} {name}: {report.fault}", style="red", markup=False)
     console.print(f"{len(reports):,} kernels compiled, {len(faults):,} at fault")
     if args.json:
-        text = json.dumps([asdict(report) for report in reports], indent=1)
-        Path(args.json).write_text(text + "\n", encoding="utf-8")
+        results.save([asdict(report) for report in reports], args.json)
     return 1 if faults else 0
 
 

@@ -8,6 +8,7 @@ No operator that multiplies and reads as much as it must can take less time than
 from __future__ import annotations
 
 import argparse
+import os
 from dataclasses import asdict, dataclass
 
 import torch
@@ -53,6 +54,11 @@ def measure_limits(device: str = "cpu") -> Limits:
     target = torch.empty_like(source)
     bandwidth = 2 * _COPIED[device] / best_time(lambda: target.copy_(source), device, _SECONDS[device])
     return Limits(flops, bandwidth, device, torch.get_num_threads())
+
+
+def processors() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _product_rate(dtype: torch.dtype, device: str) -> float:

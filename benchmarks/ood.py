@@ -10,7 +10,6 @@ all images are computed once, and kept where --cache says; a split trains DLSR a
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -31,9 +30,8 @@ from dpdiff.data import Sample
 from dpdiff.data.features import FeatureCache
 from dpdiff.dlsr import SCORES
 from dpdiff.metrics import OOD_FIGURES, ood_metrics
-from dpdiff.ood import normal_images
+from dpdiff.ood import FIGURE_NAMES, normal_images
 
-HEADINGS = {"auroc": "AUROC", "aupr_in": "AUPR in", "aupr_out": "AUPR out", "fpr95": "FPR95"}
 Scorer = Callable[[np.ndarray], np.ndarray]  # features (N, D) -> scores (N,), larger is further out
 
 
@@ -124,7 +122,7 @@ def table(found: dict) -> str:
     """The means in percent, as Markdown; the best of each column is bold."""
     mean = found["mean"]
     best = {key: (min if key == "fpr95" else max)(figures[key] for figures in mean.values()) for key in OOD_FIGURES}
-    lines = [f"| | {' | '.join(HEADINGS.values())} |", "|---" + "|---:" * len(HEADINGS) + "|"]
+    lines = [f"| | {' | '.join(FIGURE_NAMES.values())} |", "|---" + "|---:" * len(FIGURE_NAMES) + "|"]
     for name, figures in mean.items():
         cells = (f"**{100 * v:.2f}**" if v == best[key] else f"{100 * v:.2f}" for key, v in figures.items())
         lines.append(f"| {name} | {' | '.join(cells)} |")
@@ -150,7 +148,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error(str(error))
     print(table(found))
     if args.json:
-        Path(args.json).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        results.save(found, args.json)
     return 0
 
 

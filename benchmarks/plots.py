@@ -15,12 +15,12 @@ matplotlib.use("Agg")
 plt.rcParams["svg.hashsalt"] = "dpdiff"  # the same figure is the same file
 
 
-def roofline(cases: Sequence[dict], run: dict, stem: Path) -> bool:
-    """Our rate in every case over its operations per byte, under the roof of each data type. Returns whether any is."""
+def roofline(cases: Sequence[dict], run: dict, stem: Path) -> None:
+    """Our rate in every case over its operations per byte, under the roof of each data type."""
     shown = [case for case in cases if case.get("flops") and case.get("bytes") and "sweep" not in case]
     shown = [case for case in shown if OURS in case["seconds"]]
     if not shown:
-        return False
+        return
     limits = run["limits"]
     figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
     intensity = {id(case): case["flops"] / case["bytes"] for case in shown}
@@ -40,14 +40,13 @@ def roofline(cases: Sequence[dict], run: dict, stem: Path) -> bool:
     axis.legend(fontsize="small")
     axis.grid(alpha=0.3, which="both")
     save(figure, stem)
-    return True
 
 
-def growing(cases: Sequence[dict], stem: Path) -> bool:
-    """A panel per operator and axis, a line per contender and one for the limit. Returns whether there is any."""
+def growing(cases: Sequence[dict], stem: Path) -> None:
+    """A panel per operator and axis, a line per contender and one for the limit."""
     shown = [case for case in cases if "sweep" in case]
     if not shown:
-        return False
+        return
     rows, columns = ([*dict.fromkeys(case["sweep"][i] for case in shown)] for i in (0, 1))
     size = (3.4 * len(columns), 2.6 * len(rows))
     figure, axes = plt.subplots(len(rows), len(columns), figsize=size, layout="constrained", squeeze=False)
@@ -66,7 +65,6 @@ def growing(cases: Sequence[dict], stem: Path) -> bool:
         axes[i][0].set_ylabel(f"{operator}, ms")
     axes[0][0].legend(fontsize="small")
     save(figure, stem)
-    return True
 
 
 def name_of(run: dict) -> str:

@@ -118,11 +118,12 @@ def _caches() -> str:
     return ", ".join(found) or "unknown"
 
 
-def save(results: dict, path: str | os.PathLike) -> None:
+def save(results: dict | list, path: str | os.PathLike) -> None:
+    """As JSON, whole or not at all; the folder is made if missing."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # A file that is there stays whole until this one is. Not by dpdiff's own helper: importing the package takes all
-    # that its models need, which benchmarks of operators do without.
+    # Not by dpdiff's own helper: importing the package takes all that its models need, which benchmarks of operators do
+    # without.
     part = path.with_name(f".{path.name}.part")
     part.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     part.replace(path)

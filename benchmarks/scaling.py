@@ -34,7 +34,6 @@ from benchmarks import results
 from benchmarks.timing import best_time
 from benchmarks.training_step import training_step
 from dpdiff import DPDiffAD, training
-from dpdiff._files import atomic_write
 from dpdiff.data import AnomalyDataset, Catalogue, scan
 from dpdiff.data.products import Products
 from dpdiff.evaluation import evaluate
@@ -200,8 +199,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def save(found: dict) -> None:
         if args.json:
-            with atomic_write(args.json) as tmp:
-                tmp.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+            results.save(found, args.json)
 
     found = study(args.categories, args.models, args.steps, args.trained_up_to, known, save)
     if args.plot:

@@ -1,12 +1,15 @@
-"""Files that are either whole or not there, and where those go that can be made again."""
+"""Files and folders that are either whole or not there, and where those go that can be made again."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 
 @contextlib.contextmanager
@@ -32,6 +35,34 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     except BaseException:
         tmp.unlink(missing_ok=True)
         raise
+
+
+@contextlib.contextmanager
+def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
+    """Yield the path of a temporary folder that takes the name ``path`` once the block ends well.
+
+    The temporary folder is empty, hidden, and lies in the folder of ``path`` (made if missing). An exception in the
+    block removes it, and so does a folder ``path`` that another process has finished meanwhile, which stays.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tmp = path.with_name(f".{path.name}-{secrets.token_hex(8)}")
+    tmp.mkdir()  # not by tempfile, whose folders nobody else may read
+    try:
+        yield tmp
+        try:
+            os.replace(tmp, path)
+        except OSError:
+            if not path.is_dir():
+                raise
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
+
+
+def write_json(path: str | os.PathLike, content: Any) -> None:
+    """Write content as JSON, whole or not at all. Raises ValueError for NaN and infinity, which JSON doesn't have."""
+    with atomic_write(path) as tmp:
+        tmp.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def user_cache() -> Path:

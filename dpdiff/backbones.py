@@ -78,7 +78,7 @@ class Backbone(nn.Module):
         """
         if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
             given = f"{images.dtype} {tuple(images.shape)}"
-            raise ValueError(f"images: expected a float tensor of shape (B, 3, H, W), got {given}")
+            raise ValueError(f"images is {given}: expected a float tensor of shape (B, 3, H, W)")
         if images.shape[0] == 0:  # which timm's transformers can't take
             return [maps[:0] for maps in self.forward(images.new_zeros(1, *images.shape[1:]))]
         images = ((images - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
@@ -205,7 +205,7 @@ def _default_layers(name: str, strides: list[int]) -> list[int]:
 def _checked_layers(name: str, layers: Sequence[int], depth: int) -> list[int]:
     indices = [index + depth if index < 0 else index for index in layers]
     if not indices or indices != sorted(set(indices)) or indices[0] < 0 or indices[-1] >= depth:
-        raise ValueError(f"layers: expected increasing indices within 0..{depth - 1} for {name}, got {list(layers)}")
+        raise ValueError(f"layers is {list(layers)}: expected increasing indices within 0..{depth - 1} for {name}")
     return indices
 
 

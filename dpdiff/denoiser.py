@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from dpdiff.tokens import places
 from dpdiff_kernels import ProjectedBanks, PrototypeAttention
 
+_FREQUENCIES = 128  # of the timestep's embedding
+
 
 class Denoiser(nn.Module):
     """A transformer over a grid of tokens: tokens (B, N, D_token) at timesteps (B,) -> tokens of the same shape.
@@ -26,7 +28,6 @@ class Denoiser(nn.Module):
         dim: int = 256,
         depth: int = 3,
         num_heads: int = 8,
-        mlp_ratio: float = 4.0,
         condition: bool = True,
         prototype_attention: bool = True,
     ) -> None:
@@ -45,7 +46,7 @@ class Denoiser(nn.Module):
         self.embed_bank = nn.Sequential(nn.Linear(bank_dim, dim), nn.LayerNorm(dim)) if prototype_attention else None
         self.position = nn.Parameter(0.02 * torch.randn(1, n_patches, dim))
         self.embed_timestep = TimestepEmbedding(dim)
-        self.blocks = nn.ModuleList(DenoiserBlock(dim, num_heads, mlp_ratio, prototype_attention) for _ in range(depth))
+        self.blocks = nn.ModuleList(DenoiserBlock(dim, num_heads, prototype_attention) for _ in range(depth))
         self.norm = nn.LayerNorm(dim)
         self.out = nn.Linear(dim, patch_dim)
         nn.init.zeros_(self.out.weight)
@@ -100,14 +101,13 @@ class DenoiserBlock(nn.Module):
     The gates of self-attention and MLP start at zero, that of prototype attention at one.
     """
 
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, prototype_attention: bool) -> None:
+    def __init__(self, dim: int, num_heads: int, prototype_attention: bool) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.qkv = nn.Linear(dim, 3 * dim)
         self.attention_out = nn.Linear(dim, dim)
         self.prototype_attention = PrototypeAttention(dim, num_heads) if prototype_attention else None
-        hidden = int(mlp_ratio * dim)
-        self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
+        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
         self.modulation = nn.Linear(dim, 9 * dim)
         nn.init.zeros_(self.modulation.weight)
         nn.init.zeros_(self.modulation.bias)
@@ -129,11 +129,11 @@ class DenoiserBlock(nn.Module):
 class TimestepEmbedding(nn.Module):
     """Timesteps (B,) -> (B, dim): sines and cosines of geometric frequencies, then a small MLP and SiLU."""
 
-    def __init__(self, dim: int, n_frequencies: int = 128) -> None:
+    def __init__(self, dim: int) -> None:
         super().__init__()
-        frequencies = torch.exp(-math.log(10_000) * torch.arange(n_frequencies) / n_frequencies)
+        frequencies = torch.exp(-math.log(10_000) * torch.arange(_FREQUENCIES) / _FREQUENCIES)
         self.register_buffer("frequencies", frequencies, persistent=False)
-        self.mlp = nn.Sequential(nn.Linear(2 * n_frequencies, dim), nn.SiLU(), nn.Linear(dim, dim), nn.SiLU())
+        self.mlp = nn.Sequential(nn.Linear(2 * _FREQUENCIES, dim), nn.SiLU(), nn.Linear(dim, dim), nn.SiLU())
 
     def forward(self, timesteps: Tensor) -> Tensor:
         angles = timesteps[:, None].float() * self.frequencies

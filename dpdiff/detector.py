@@ -93,6 +93,22 @@ def spread(n_images: int) -> Sequence[int]:
     return [i * n_images // n for i in range(n)]
 
 
+def expect(arguments: dict[str, Any], name: str, fits: bool, expected: str) -> None:
+    """Raises ValueError where an argument doesn't fit, which says what it is and what is expected."""
+    if not fits:
+        raise ValueError(f"{name} is {arguments[name]!r}: expected {expected}")
+
+
+def check_arguments(arguments: dict[str, Any], positive: Iterable[str]) -> None:
+    """Checks what the models' constructors have in common: `backbone`, `timestep`, and the positive ints."""
+    expect(arguments, "backbone", isinstance(arguments["backbone"], str), "the name of a timm model")
+    for name in positive:
+        expect(arguments, name, isinstance(arguments[name], int) and arguments[name] >= 1, "a positive int")
+    timestep, last = arguments["timestep"], arguments["n_timesteps"] - 1
+    fits = isinstance(timestep, int) and 0 <= timestep <= last
+    expect(arguments, "timestep", fits, f"0 to n_timesteps - 1 ({last})")
+
+
 def check_images(images: Tensor) -> None:
     """Raises TypeError or ValueError for anything but float images (B, 3, H, W) in [0, 1]."""
     if not isinstance(images, Tensor) or not images.is_floating_point():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from dpdiff.backbones import DEFAULT_BACKBONE, Backbone
 from dpdiff.denoiser import TimestepEmbedding
-from dpdiff.detector import BatchesOf, Detector, Prediction, check_images, spread
+from dpdiff.detector import BatchesOf, Detector, Prediction, check_arguments, check_images, expect, spread
 from dpdiff.diffusion import Diffusion
 from dpdiff.draws import Draws
 
@@ -211,19 +212,13 @@ class VectorBlock(nn.Module):
 
 
 def _check_arguments(arguments: dict[str, Any]) -> None:
-    def expect(name: str, fits: bool, expected: str) -> None:
-        if not fits:
-            raise ValueError(f"{name} is {arguments[name]!r}: expected {expected}")
-
-    expect("backbone", isinstance(arguments["backbone"], str), "the name of a timm model")
-    hidden = 1 if arguments["hidden"] is None else arguments["hidden"]
-    for name in ("image_size", "depth", "n_steps", "n_samples"):
-        expect(name, isinstance(arguments[name], int) and arguments[name] >= 1, "a positive int")
-    expect("hidden", isinstance(hidden, int) and hidden >= 1, "a positive int or None")
-    expect("score", arguments["score"] in SCORES, f"one of {', '.join(SCORES)}")
-    expect("inference", arguments["inference"] in INFERENCES, f"one of {', '.join(INFERENCES)}")
+    check = partial(expect, arguments)
     fits = isinstance(arguments["n_timesteps"], int) and arguments["n_timesteps"] > _PAPER_STEPS
-    expect("n_timesteps", fits, f"an int above {_PAPER_STEPS}")
-    timestep, last = arguments["timestep"], arguments["n_timesteps"] - 1
-    expect("timestep", isinstance(timestep, int) and 0 <= timestep <= last, f"0 to n_timesteps - 1 ({last})")
-    expect("n_steps", arguments["n_steps"] <= timestep + 1, f"at most timestep + 1 ({timestep + 1})")
+    check("n_timesteps", fits, f"an int above {_PAPER_STEPS}")
+    check_arguments(arguments, ("image_size", "depth", "n_steps", "n_samples"))
+    hidden = 1 if arguments["hidden"] is None else arguments["hidden"]
+    check("hidden", isinstance(hidden, int) and hidden >= 1, "a positive int or None")
+    check("score", arguments["score"] in SCORES, f"one of {', '.join(SCORES)}")
+    check("inference", arguments["inference"] in INFERENCES, f"one of {', '.join(INFERENCES)}")
+    most = arguments["timestep"] + 1
+    check("n_steps", arguments["n_steps"] <= most, f"at most timestep + 1 ({most})")

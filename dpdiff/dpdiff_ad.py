@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
+from functools import partial
 from itertools import chain, islice
 from typing import Any, ClassVar
 
@@ -13,7 +14,7 @@ from torchvision.transforms.v2 import functional as TF
 from dpdiff.backbones import DEFAULT_BACKBONE, Backbone
 from dpdiff.calibration import NormalErrors
 from dpdiff.denoiser import Denoiser
-from dpdiff.detector import BatchesOf, Detector, Prediction, check_images, spread
+from dpdiff.detector import BatchesOf, Detector, Prediction, check_arguments, check_images, expect, spread
 from dpdiff.diffusion import Diffusion
 from dpdiff.draws import Draws
 from dpdiff.prototypes import GlobalPrototypes, LocalPrototypes
@@ -249,29 +250,24 @@ class DPDiffAD(Detector):
 
 
 def _check_arguments(arguments: dict[str, Any]) -> None:
-    def expect(name: str, fits: bool, expected: str) -> None:
-        if not fits:
-            raise ValueError(f"{name} is {arguments[name]!r}: expected {expected}")
-
-    expect("backbone", isinstance(arguments["backbone"], str), "the name of a timm model")
-    sizes = ("image_size", "max_channels", "n_local", "n_global", "k", "dim", "depth", "num_heads", "n_steps")
-    for name in (*sizes, "n_samples", "n_timesteps", *(["patch_size"] if arguments["patch_size"] is not None else [])):
-        expect(name, isinstance(arguments[name], int) and arguments[name] >= 1, "a positive int")
+    check = partial(expect, arguments)
+    sizes = ["image_size", "max_channels", "n_local", "n_global", "k", "dim", "depth", "num_heads", "n_steps"]
+    sizes += ["n_samples", "n_timesteps", *(["patch_size"] if arguments["patch_size"] is not None else [])]
+    check_arguments(arguments, sizes)
     n_local, num_heads = arguments["n_local"], arguments["num_heads"]
-    expect("dim", arguments["dim"] % num_heads == 0, f"a multiple of num_heads ({num_heads})")
-    expect("k", arguments["k"] <= n_local, f"at most n_local ({n_local})")
+    check("dim", arguments["dim"] % num_heads == 0, f"a multiple of num_heads ({num_heads})")
+    check("k", arguments["k"] <= n_local, f"at most n_local ({n_local})")
     route = arguments["route"]
-    expect("route", route == "all" or (isinstance(route, int) and route >= 1), 'a positive int or "all"')
+    check("route", route == "all" or (isinstance(route, int) and route >= 1), 'a positive int or "all"')
     temperature, ot_weight, local_weight = (arguments[name] for name in ("temperature", "ot_weight", "local_weight"))
-    expect("temperature", _is_finite(temperature) and temperature > 0, "a positive finite number")
-    expect("ot_weight", _is_finite(ot_weight) and ot_weight >= 0, "a finite number, 0 or more")
-    expect("local_weight", _is_finite(local_weight) and 0 <= local_weight <= 1, "0 to 1")
-    last, timestep, least = arguments["n_timesteps"] - 1, arguments["timestep"], arguments["min_timestep"]
-    expect("timestep", isinstance(timestep, int) and 0 <= timestep <= last, f"0 to n_timesteps - 1 ({last})")
-    expect("min_timestep", isinstance(least, int) and 0 <= least <= timestep, f"0 to timestep ({timestep})")
+    check("temperature", _is_finite(temperature) and temperature > 0, "a positive finite number")
+    check("ot_weight", _is_finite(ot_weight) and ot_weight >= 0, "a finite number, 0 or more")
+    check("local_weight", _is_finite(local_weight) and 0 <= local_weight <= 1, "0 to 1")
+    timestep, least = arguments["timestep"], arguments["min_timestep"]
+    check("min_timestep", isinstance(least, int) and 0 <= least <= timestep, f"0 to timestep ({timestep})")
     most = timestep - least + 1
-    expect("n_steps", arguments["n_steps"] <= most, f"at most timestep - min_timestep + 1 ({most})")
-    expect("n_steps", arguments["diffusion"] or arguments["n_steps"] == 1, "1 without diffusion")
+    check("n_steps", arguments["n_steps"] <= most, f"at most timestep - min_timestep + 1 ({most})")
+    check("n_steps", arguments["diffusion"] or arguments["n_steps"] == 1, "1 without diffusion")
 
 
 def _is_finite(value: Any) -> bool:

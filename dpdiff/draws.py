@@ -21,7 +21,7 @@ class Draws:
 
     def __init__(self, seeds: Sequence[int], device: torch.device | str = "cpu") -> None:
         self.device = device
-        self.generators = [torch.Generator(device).manual_seed(_spread(seed)) for seed in seeds]
+        self.generators = [generator(seed, device=device) for seed in seeds]
 
     @classmethod
     def unseeded(cls, n: int, device: torch.device | str = "cpu") -> Draws:
@@ -32,9 +32,9 @@ class Draws:
         """(B, *shape) float32, standard normal."""
         return self._stack(torch.randn(shape, generator=g, device=self.device) for g in self.generators)
 
-    def integers(self, low: int, high: int, *shape: int) -> Tensor:
-        """(B, *shape) int64 from low to high - 1."""
-        return self._stack(torch.randint(low, high, shape, generator=g, device=self.device) for g in self.generators)
+    def integers(self, low: int, high: int) -> Tensor:
+        """(B,) int64 from low to high - 1."""
+        return self._stack(torch.randint(low, high, (), generator=g, device=self.device) for g in self.generators)
 
     def _stack(self, drawn) -> Tensor:
         return torch.stack(list(drawn))
@@ -45,6 +45,6 @@ def mix(*numbers: int) -> int:
     return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest(), "little")
 
 
-def _spread(seed: int) -> int:
-    """The generator of CPUs takes the lower 32 bits of a seed only."""
-    return mix(seed) & 0xFFFFFFFF
+def generator(*numbers: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """Seeded by several integers: mixed, for the generator of CPUs takes the lower 32 bits of a seed only."""
+    return torch.Generator(device).manual_seed(mix(*numbers) & 0xFFFFFFFF)

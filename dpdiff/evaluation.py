@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -18,7 +17,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
-from dpdiff._files import atomic_write
+from dpdiff._files import write_json
 from dpdiff._progress import track
 from dpdiff.data import AnomalyDataset, Sample
 from dpdiff.metrics import IMAGE_FIGURES, PIXEL_FIGURES, image_metrics, pixel_metrics
@@ -81,8 +80,7 @@ class Results:
 
     def save_json(self, path: str | os.PathLike) -> None:
         """Write :meth:`to_dict` as JSON, whole or not at all."""
-        with atomic_write(path) as tmp:
-            tmp.write_text(json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        write_json(path, self.to_dict())
 
     def table(self) -> Table:
         """The figures in percent, a row per category (n test images) and their mean as the last."""
@@ -113,7 +111,6 @@ FIGURE_NAMES = dict(
 def evaluate(
     model: nn.Module,
     dataset: AnomalyDataset,
-    device: torch.device | str | None = None,
     *,
     batch_size: int = 16,
     num_workers: int = 0,
@@ -123,7 +120,7 @@ def evaluate(
     """Score every image of ``dataset`` and compare with what is known about it.
 
     model: has ``predict(images)``, images (B, 3, S, S) float32 in [0, 1], which returns ``scores`` (B,) and ``maps``
-    (B, S, S) or None; larger is more anomalous. It is put on ``device`` where one is given and into evaluation mode.
+    (B, S, S) or None; larger is more anomalous. It is put into evaluation mode.
     n_examples: images per category to keep for a report: the good one of highest score, and defective ones spread
     evenly from the lowest score to the highest. progress: show a bar where the output is a terminal.
 
@@ -134,8 +131,6 @@ def evaluate(
     """
     if not len(dataset):
         raise ValueError("dataset holds no test image")
-    if device is not None:
-        model = model.to(device)
     model.eval()
     number = {name: i for i, name in enumerate(dataset.categories)}
     order = sorted(range(len(dataset)), key=lambda i: number[dataset.samples[i].category])

@@ -97,9 +97,9 @@ def pixel_metrics(
     """
     maps, masks = _checked(maps, masks, "maps", "masks")
     if maps.ndim != 3:
-        raise ValueError(f"maps must have the shape (B, H, W), got {maps.shape}")
+        raise ValueError(f"maps has shape {maps.shape}: expected (B, H, W)")
     if not 0 < max_fpr <= 1:
-        raise ValueError(f"max_fpr must be in (0, 1], got {max_fpr}")
+        raise ValueError(f"max_fpr is {max_fpr}: expected above 0 and at most 1")
     if masks.all() or not masks.any():
         return {}
     good = np.sort(maps[~masks])

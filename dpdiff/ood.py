@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import closing
@@ -10,19 +9,18 @@ from dataclasses import dataclass
 from itertools import chain, islice
 
 import numpy as np
-import torch
 from rich import box
 from rich.table import Table
 from torch import nn
 from torch.utils.data import DataLoader
 
-from dpdiff._files import atomic_write
+from dpdiff._files import write_json
 from dpdiff._progress import track
 from dpdiff.data import AnomalyDataset, Catalogue, Sample
 from dpdiff.evaluation import predictions
 from dpdiff.metrics import OOD_FIGURES, ood_metrics
 
-_HEADINGS = ("AUROC", "AUPR in", "AUPR out", "FPR95")
+FIGURE_NAMES = dict(zip(OOD_FIGURES, ("AUROC", "AUPR in", "AUPR out", "FPR95")))
 
 
 @dataclass(frozen=True)
@@ -45,15 +43,14 @@ class OODResults:
 
     def save_json(self, path: str | os.PathLike) -> None:
         """Write :meth:`to_dict` as JSON, whole or not at all."""
-        with atomic_write(path) as tmp:
-            tmp.write_text(json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        write_json(path, self.to_dict())
 
     def table(self) -> Table:
         """The figures in percent, a row per out-set (n images) and their mean as the last."""
         found = self.to_dict()
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
         table.add_column("out of distribution", overflow="fold")
-        for heading in ("n", *_HEADINGS):
+        for heading in ("n", *FIGURE_NAMES.values()):
             table.add_column(heading, justify="right", no_wrap=True)
         for name, figures in found["out_sets"].items():
             table.add_row(name, str(len(self.outside[name])), *(f"{100 * figures[key]:.2f}" for key in OOD_FIGURES))
@@ -72,16 +69,14 @@ def evaluate_ood(
     model: nn.Module,
     inside: Sequence[Sample],
     outside: Mapping[str, Sequence[Sample]],
-    device: torch.device | str | None = None,
     *,
     batch_size: int = 16,
     num_workers: int = 0,
-    progress: bool = True,
 ) -> OODResults:
     """Scores every image of the in-set and of the out-sets.
 
     model: has ``predict(images)``, as for `dpdiff.evaluation.evaluate`, and `image_size`. inside: images like those of
-    training, but not of it. outside: name -> images. progress: show a bar where the output is a terminal.
+    training, but not of it. outside: name -> images.
 
     Raises ValueError for a set without images and for scores with NaN, naming the set.
     """
@@ -91,14 +86,12 @@ def evaluate_ood(
             raise ValueError(f"{name}: there are no images")
     if not outside:
         raise ValueError("outside is empty: expected at least one set")
-    if device is not None:
-        model = model.to(device)
     model.eval()
     datasets = [AnomalyDataset(samples, model.image_size) for samples in sets.values()]
     loaders = (DataLoader(dataset, batch_size=batch_size, num_workers=num_workers) for dataset in datasets)
     outputs = chain.from_iterable(predictions(model, loader) for loader in loaders)
     scores = []
-    with closing(track(outputs, "Evaluating", sum(map(len, datasets)), progress)) as outputs:
+    with closing(track(outputs, "Evaluating", sum(map(len, datasets)))) as outputs:
         for name, dataset in zip(sets, datasets):
             found = np.array([float(score) for score, _, _ in islice(outputs, len(dataset))], np.float32)
             if np.isnan(found).any():

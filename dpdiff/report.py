@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import datetime
-import importlib.metadata
 import io
 import os
 import platform
@@ -23,6 +22,7 @@ from scipy import ndimage
 
 from dpdiff._files import atomic_write
 from dpdiff._report_page import PAGE, SCRIPT, STYLE
+from dpdiff._version import version_of
 from dpdiff.evaluation import FIGURE_NAMES, CategoryResult, Example, Results
 
 _COLOURS = colormaps["inferno"]
@@ -105,20 +105,14 @@ def _count(n: int, one: str, many: str) -> str:
 
 
 def _details(given: Mapping[str, object] | None) -> dict[str, object]:
+    versions = [f"{package} {version_of(package, '(not installed)')}" for package in ("dpdiff", "torch", "timm")]
     return {
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         **(given or {}),
         "date": datetime.datetime.now().astimezone().isoformat(" ", "seconds"),
-        "versions": ", ".join([f"python {platform.python_version()}", *map(_version, ("dpdiff", "torch", "timm"))]),
+        "versions": ", ".join([f"python {platform.python_version()}", *versions]),
         "platform": platform.platform(),
     }
-
-
-def _version(package: str) -> str:
-    try:
-        return f"{package} {importlib.metadata.version(package)}"
-    except importlib.metadata.PackageNotFoundError:
-        return f"{package} (not installed)"
 
 
 def _card(name: str, mean: float, results: Results) -> str:

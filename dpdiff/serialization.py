@@ -2,7 +2,6 @@
 
 import json
 import os
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -11,13 +10,14 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from dpdiff._files import atomic_write
+from dpdiff._version import version_of
 
 _KEY = "dpdiff"
 
 
 def save(model: nn.Module, path: str | os.PathLike) -> None:
     """Writes a model's weights, backbone included, and configuration to one safetensors file, whole or not at all."""
-    header = {"model": type(model).__name__, "config": model.config, "version": _version()}
+    header = {"model": type(model).__name__, "config": model.config, "version": version_of("dpdiff", "unknown")}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     with atomic_write(path) as tmp:
         tmp.write_bytes(to_bytes(tensors, metadata={_KEY: json.dumps(header)}))
@@ -80,10 +80,3 @@ def _classes() -> dict[str, type[nn.Module]]:
     from dpdiff.dpdiff_ad import DPDiffAD
 
     return {"DPDiffAD": DPDiffAD, "DLSR": DLSR}
-
-
-def _version() -> str:
-    try:
-        return version("dpdiff")
-    except PackageNotFoundError:
-        return "unknown"

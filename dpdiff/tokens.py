@@ -112,6 +112,8 @@ class Tokenizer(nn.Module):
     def _fuse(self, maps: Sequence[Tensor]) -> list[Tensor]:
         fused = [maps[g[0]] if len(g) == 1 else torch.stack([maps[i] for i in g]).mean(0) for g in self.fused]
         size = self.neighbourhood
+        if size == 1:
+            return fused
         return [F.avg_pool2d(m, size, stride=1, padding=size // 2, count_include_pad=False) for m in fused]
 
 

@@ -4,7 +4,8 @@
 
 Tokens are (16, 12, 784, 64); banks are shared by the batch. Rivals have banks expanded to the batch, or the batch
 folded into the tokens. On processors they are eager and compiled; on GPUs, where compiling leaves the kernel as it is,
-PyTorch picks the kernel or it is named. Every contender's answer is checked against float64 on one image.
+PyTorch picks the kernel or it is named. Every contender's answer is checked against float64 on one image, and so are
+its gradients.
 """
 
 import contextlib
@@ -103,6 +104,20 @@ def check(attention: Callable, tensors: list[Tensor], seen: Tensor | slice) -> N
     torch.testing.assert_close(out.double(), wanted, rtol=tolerance, atol=tolerance)
 
 
+def check_gradients(attention: Callable, tensors: list[Tensor], seen: Tensor | slice) -> None:
+    """Of the first image's output alone, so that those of the banks, sums over images, are its own."""
+    grad_out = torch.zeros_like(tensors[0])
+    grad_out[:1] = torch.randn(grad_out[:1].shape, generator=torch.Generator().manual_seed(1)).to(grad_out)
+    first = [t[:1] if t.shape[0] == BATCH else t[:, seen] for t in tensors]
+    first = [t.detach().double().requires_grad_() for t in first]
+    wanted = torch.autograd.grad(dk.prototype_attention(*first, backend="reference"), first, grad_out[:1].double())
+    found = torch.autograd.grad(attention(*tensors), tensors, grad_out)
+    tolerance = 1e-4 if grad_out.dtype == torch.float32 else 5e-2
+    for gradient, right in zip(found, wanted):
+        gradient = gradient[:1] if gradient.shape[0] == BATCH else gradient[:, seen]
+        torch.testing.assert_close(gradient.double(), right, rtol=0, atol=tolerance * right.abs().max().item())
+
+
 def work(dtype: str, n_prototypes: int, backward: bool) -> dict:
     """Two products forward; backward the scores again and four more. Bytes of tokens, since banks are small."""
     products = 7 if backward else 2
@@ -115,6 +130,8 @@ def timed(attention: Callable, tensors: list[Tensor], backward: bool, seen: Tens
     """seen: the prototypes that the first image attends to."""
     torch.compiler.reset()  # after eight shapes, compiled rivals would be run as they are
     check(attention, tensors, seen)
+    if backward:
+        check_gradients(attention, tensors, seen)
     grad_out = torch.randn(tensors[0].shape, device=tensors[0].device).to(tensors[0])
 
     def forward():

@@ -71,11 +71,23 @@ def searches(tokens: Tensor, prototypes: Tensor, k: int, contender: str) -> Call
     }[contender]
 
 
-def check_nearest(indices: Tensor, tokens: Tensor, prototypes: Tensor, k: int, rtol: float = 1e-5) -> None:
-    """The distances of those found are the smallest there are, by default to float32 rounding."""
-    tokens, indices = tokens[:COMPARED].double(), indices.view(N, k)[:COMPARED].to(tokens.device)
-    distances = torch.cdist(tokens, prototypes.double(), compute_mode="donot_use_mm_for_euclid_dist")
-    torch.testing.assert_close(distances.gather(1, indices), distances.topk(k, largest=False)[0], rtol=rtol, atol=0)
+def check_nearest(
+    indices: Tensor,
+    tokens: Tensor,
+    prototypes: Tensor,
+    k: int,
+    rtol: float = 1e-5,
+    searched: Tensor | slice = slice(None),
+) -> None:
+    """The distances of those found are the smallest there are, by default to float32 rounding.
+
+    searched: the prototypes among which the first tokens have to find them.
+    """
+    indices, prototypes = indices.view(N, k)[:COMPARED].to(tokens.device), prototypes.double()
+    tokens = tokens[:COMPARED].double()
+    found = (tokens[:, None] - prototypes[indices]).norm(dim=-1)
+    distances = torch.cdist(tokens, prototypes[searched], compute_mode="donot_use_mm_for_euclid_dist")
+    torch.testing.assert_close(found, distances.topk(k, largest=False)[0], rtol=rtol, atol=0)
 
 
 @contenders("faiss", "cdist", "mm", "compiled mm", "flash-kmeans (TF32)")
@@ -94,6 +106,8 @@ def test_nearest_bfloat16(measure, random, contender):
         "dpdiff": lambda: dk.nearest_prototype(tokens, prototypes, metric="l2"),
         "mm alone": lambda: torch.mm(tokens, prototypes.T),  # no search at all: less than any rival has to do
     }[contender]
+    if contender == "dpdiff":
+        check_nearest(run().indices, tokens, prototypes, 1)
     measure("bfloat16, l2, K = 1024", run, **work(1024, width=2))
 
 
@@ -152,6 +166,11 @@ def test_statistics(measure, random, n_prototypes, contender):
         found = run()
         torch.testing.assert_close(found.counts.sum().item(), float(N))
         torch.testing.assert_close(found.sums.double().sum(0), tokens.double().sum(0), rtol=1e-4, atol=1e-2)
+        wanted = dk.prototype_statistics(tokens.double(), prototypes.double(), backend="reference")
+        same = found.counts == wanted.counts
+        assert same.double().mean() > 0.99  # rounding decides between near ties
+        torch.testing.assert_close(found.sums[same].double(), wanted.sums[same], rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(found.inertia.double(), wanted.inertia, rtol=1e-5, atol=0)
     measure(f"prototype_statistics, K = {n_prototypes}", run, **work(n_prototypes))
 
 
@@ -212,6 +231,8 @@ def test_routing(measure, random, contender):
     draw = torch.Generator().manual_seed(2)
     active = torch.stack([torch.randperm(n_groups, generator=draw)[:10] for _ in range(16)]).to(tokens.device)
     run = lambda: dk.nearest_prototype(tokens, prototypes, metric="l2", groups=groups, active_groups=active)
+    searched = torch.isin(groups, active[0])
+    check_nearest(run().indices, tokens.flatten(0, 1), prototypes, 1, searched=searched)
     measure("10 active groups of 8, of 1,600 groups", run, **work(80))
 
 

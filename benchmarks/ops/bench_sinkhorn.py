@@ -40,8 +40,8 @@ def work(n_problems: int, n: int, m: int, n_iters: int = 50, passes: int = 2) ->
     return {"flops": n_iters * passes * 2 * size, "bytes": 2 * 4 * size}
 
 
-def check(plan: Tensor, cost: Tensor, eps: float, n_iters: int) -> None:
-    expected = dk.sinkhorn(cost[:2].double(), eps=eps, n_iters=n_iters, backend="reference").plan
+def check(plan: Tensor, cost: Tensor, eps: float, n_iters: int, tol: float | None = None) -> None:
+    expected = dk.sinkhorn(cost[:2].double(), eps=eps, n_iters=n_iters, tol=tol, backend="reference").plan
     torch.testing.assert_close(plan[:2].double(), expected, rtol=0, atol=1e-3 * expected.max().item())
 
 
@@ -213,6 +213,12 @@ def test_value_and_its_gradient(measure, uniform, shape, contender):
         "forward alone": lambda: dk.sinkhorn(cost),
         "forward alone, for a gradient": lambda: dk.sinkhorn(leaf),
     }[contender]
+    if contender == "dpdiff":
+        few = cost[:2].double().requires_grad_()
+        (expected,) = torch.autograd.grad(dk.sinkhorn(few, backend="reference").value.sum(), few)
+        torch.testing.assert_close(run()[0][:2].double(), expected, rtol=0, atol=1e-3 * expected.max().item())
+    else:
+        check(run().plan, cost, 0.05, 50)
     measure(f"value and its gradient, {shape[0]} problems of {shape[1]} x {shape[2]}", run, **work(*shape))
 
 
@@ -224,7 +230,10 @@ def test_early_stopping(measure, uniform, device, contender):
     assert used.min() < 10 and used.max() > 30
     evenly = {"n_iters": round(used.double().mean().item())}
     options = {"n_iters": 400, "tol": 1e-6} if contender == "dpdiff" else evenly
-    measure("tol = 1e-6, easy and hard problems", lambda: dk.sinkhorn(cost, **options))
+    run = lambda: dk.sinkhorn(cost, **options)
+    ends = [0, -1]
+    check(run().plan[ends], cost[ends], 0.05, **options)
+    measure("tol = 1e-6, easy and hard problems", run)
 
 
 # ------------------------------------------------------------------------------------------- from points

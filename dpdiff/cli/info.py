@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from dpdiff._version import version_of
 from dpdiff.cli.model_options import MODELS, defaults, model_class
 
 _LIBRARIES = ("torchvision", "timm", "lightning", "torchmetrics", "diffusers", "safetensors")
@@ -34,7 +34,7 @@ def info(
     dk.show_config()
     print()
     for library in _LIBRARIES:
-        print(f"{library:<16}  {_version(library)}")
+        print(f"{library:<16}  {version_of(library, 'not installed')}")
     of_all_models = {name: value for name, value in defaults(training.train).items() if value is not None}
     for name in MODELS:
         model = model_class(name)
@@ -51,10 +51,3 @@ def info(
 def _print_options(options: dict) -> None:
     for name, default in options.items():
         print(f"  {name:<20}  {'none' if default is None else default}")
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"

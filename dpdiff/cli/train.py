@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dpdiff._files import atomic_write
+from dpdiff._files import write_json
 from dpdiff.cli.inputs import Corrupt, Data, Workers, canonical, check_writable, read_catalogue, usable
 from dpdiff.cli.model_options import ModelName, defaults, model_class, parse_settings
 
@@ -114,8 +114,7 @@ def train(
     if not resume:
         checkpoint.unlink(missing_ok=True)
         result.unlink(missing_ok=True)
-    with atomic_write(out / RECORD) as tmp:
-        tmp.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    write_json(out / RECORD, record)
     categories = len({sample.category for sample in samples})
     verb = "Going on with" if checkpoint.exists() else "Training"
     _say(f"{verb} {cls.__name__}: {len(samples):,} images, categories: {categories:,}; into {out}")

@@ -31,7 +31,7 @@ class AnomalyDataset(Dataset):
 
     def __init__(self, samples: Sequence[Sample], image_size: int, categories: Sequence[str] | None = None) -> None:
         if image_size < 1:
-            raise ValueError(f"image_size must be a positive number of pixels, got {image_size}")
+            raise ValueError(f"image_size is {image_size}: expected a positive number of pixels")
         self.samples = list(samples)
         self.image_size = image_size
         self.categories = list(dict.fromkeys(s.category for s in self.samples) if categories is None else categories)

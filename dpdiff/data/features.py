@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -19,6 +18,7 @@ from filelock import FileLock
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from dpdiff._files import atomic_folder
 from dpdiff.backbones import Backbone
 from dpdiff.data.dataset import AnomalyDataset
 from dpdiff.data.samples import Sample
@@ -55,15 +55,10 @@ class FeatureCache(Dataset):
                 for old in folder.iterdir():
                     if old.is_dir():  # a file browser may leave files of its own
                         shutil.rmtree(old)
-                partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder))
-                try:
-                    data = AnomalyDataset(samples, image_size)
-                    loader = DataLoader(data, batch_size=batch_size, num_workers=num_workers)
+                data = AnomalyDataset(samples, image_size)
+                loader = DataLoader(data, batch_size=batch_size, num_workers=num_workers)
+                with atomic_folder(self.path) as partial:
                     _extract(backbone, reduce, progress(loader), len(samples), partial)
-                    partial.rename(self.path)
-                except BaseException:
-                    shutil.rmtree(partial, ignore_errors=True)
-                    raise
         files = sorted(self.path.glob("*.npy"), key=lambda file: int(file.stem))
         self.arrays = [np.load(file, mmap_mode="r") for file in files]
 

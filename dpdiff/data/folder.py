@@ -53,9 +53,9 @@ def scan(root: str | os.PathLike, layout: str = "auto", need: str | None = None)
         "plain": scan_plain,
     }
     if layout != "auto" and layout not in layouts:
-        raise ValueError(f"layout must be one of auto, {', '.join(layouts)}, got {layout!r}")
+        raise ValueError(f"layout is {layout!r}: expected one of auto, {', '.join(layouts)}")
     if need not in (None, "train", "test"):
-        raise ValueError(f"need must be 'train', 'test' or None, got {need!r}")
+        raise ValueError(f"need is {need!r}: expected 'train', 'test' or None")
     if layout == "auto":
         layout = _recognise(root)
     catalogue = layouts[layout](root)

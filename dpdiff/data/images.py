@@ -62,7 +62,7 @@ def _unit_range(pixels: np.ndarray) -> np.ndarray:
     else:
         scale = 65535
     if not (low >= 0 and high <= scale):  # NaN fails it too
-        raise ValueError(f"its values run from {low:g} to {high:g}, expected 0 to {scale}")
+        raise ValueError(f"its values run from {low:g} to {high:g}: expected 0 to {scale}")
     return pixels.astype(np.float32) / scale
 
 
@@ -105,7 +105,7 @@ def check(samples: Iterable[Sample], on_error: Literal["raise", "skip"] = "raise
     that don't tell a truncated file otherwise (not PNG, not JPEG) and where an orientation may stand behind the pixels.
     """
     if on_error not in ("raise", "skip"):
-        raise ValueError(f"on_error must be 'raise' or 'skip', got {on_error!r}")
+        raise ValueError(f"on_error is {on_error!r}: expected 'raise' or 'skip'")
     samples = list(samples)
     masked = {sample.category for sample in samples if sample.mask is not None}
 

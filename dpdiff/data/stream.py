@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from dpdiff.data.features import FeatureCache
-from dpdiff.draws import mix
+from dpdiff.draws import generator
 
 
 class Stream(Dataset):
@@ -30,8 +30,8 @@ class Stream(Dataset):
     def _item(self, position: int) -> int:
         epoch, place = divmod(position, len(self.features))
         if self._order[0] != epoch:
-            generator = torch.Generator().manual_seed(mix(self.seed, epoch) & 0xFFFFFFFF)
-            self._order = (epoch, torch.randperm(len(self.features), generator=generator).tolist())
+            order = torch.randperm(len(self.features), generator=generator(self.seed, epoch))
+            self._order = (epoch, order.tolist())
         return self._order[1][place]
 
 

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import dpdiff._torchvision  # noqa: F401  (before torchvision)
-from dpdiff._files import user_cache
+from dpdiff._files import atomic_folder, user_cache
 from dpdiff._progress import track
 
 from torchvision import datasets  # isort: skip
@@ -60,13 +58,7 @@ def unpack(name: str, root: str | os.PathLike, cache: str | os.PathLike | None =
 
 
 def _write(images: Any, folder: Path, description: str) -> None:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder.parent))
-    try:
+    with atomic_folder(folder) as partial:
         (partial / "good").mkdir()
         for i, (image, _) in enumerate(track(images, description)):
             image.save(partial / "good" / f"{i:06d}.png", compress_level=1)
-        partial.rename(folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise

@@ -371,7 +371,7 @@ def test_what_is_no_data_set_is_refused_in_one_line(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="holds no image"):
         scan(tmp_path / "empty")
-    with pytest.raises(ValueError, match="layout must be one of auto, mvtec"):
+    with pytest.raises(ValueError, match="layout is 'imagenet': expected one of auto, mvtec"):
         scan(tmp_path, layout="imagenet")
     for layout in ("visa", "real-iad"):
         with pytest.raises(FileNotFoundError, match="lacks"):
@@ -410,5 +410,5 @@ def test_need_of_test_images(tmp_path):
         scan(tmp_path, need="test")
     image(tmp_path / "d" / "test" / "good" / "0.png")  # a category to test on alone
     assert len(scan(tmp_path, need="test").test) == 1
-    with pytest.raises(ValueError, match="need must be"):
+    with pytest.raises(ValueError, match="need is 'all': expected 'train'"):
         scan(tmp_path, need="all")

@@ -76,7 +76,7 @@ def test_a_range_of_categories(tmp_path):
     assert first.categories + rest.categories == Products(3, root=tmp_path, **SMALL).categories
     assert sorted(path.name for path in rest.root.iterdir()) == sorted(rest.categories)
     assert Products(2, root=tmp_path, **SMALL).root != rest.root
-    with pytest.raises(ValueError, match="first must be at least 0, got -1"):
+    with pytest.raises(ValueError, match="first is -1: expected at least 0"):
         Products(2, root=tmp_path, first=-1, **SMALL)
 
 
@@ -169,7 +169,7 @@ def test_cache_folder(tmp_path, monkeypatch, variable, inside):
 
 @pytest.mark.parametrize("bad", [{"n_categories": 0}, {"seed": -1}, {"size": 16}, {"n_train": 0}, {"n_defective": -1}])
 def test_numbers_out_of_range(tmp_path, bad):
-    with pytest.raises(ValueError, match=rf"{next(iter(bad))} must be at least \d+, got"):
+    with pytest.raises(ValueError, match=rf"{next(iter(bad))} is -?\d+: expected at least \d+"):
         Products(root=tmp_path, **bad)
     assert not list(tmp_path.iterdir())
 

@@ -160,7 +160,7 @@ def test_unknown_names_and_layers():
     with pytest.raises(ValueError, match="tag"):
         Backbone("resnet18.no_such_tag")
     for layers in ([5], [-6], [], [3, 2], [1, 1]):
-        with pytest.raises(ValueError, match=r"layers: expected increasing indices within 0\.\.4"):
+        with pytest.raises(ValueError, match=r"layers is \[.*\]: expected increasing indices within 0\.\.4"):
             Backbone(layers=layers, pretrained=False)
 
 
@@ -192,7 +192,7 @@ def test_packaged_weights_refuse_another_model():
     [torch.rand(3, 64, 64), torch.rand(1, 1, 64, 64), torch.zeros(1, 3, 64, 64, dtype=torch.uint8)],
 )
 def test_bad_images(images):
-    with pytest.raises(ValueError, match="images: expected a float tensor"):
+    with pytest.raises(ValueError, match=r"images is torch.* \(.*\): expected a float tensor"):
         Backbone(pretrained=False)(images)
 
 

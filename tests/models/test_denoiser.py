@@ -47,7 +47,7 @@ def run(denoiser, noisy, timesteps, condition, local_bank, local_places, global_
 
 def test_blocks_start_with_prototype_attention_alone():
     torch.manual_seed(0)
-    block = DenoiserBlock(DIM, 3, 4.0, True)
+    block = DenoiserBlock(DIM, 3, True)
     x, t = torch.randn(B, N, DIM), torch.randn(B, 1, DIM)
     banks = block.prototype_attention.project_banks(torch.randn(12, DIM), torch.randn(5, DIM))
     attended = block.prototype_attention(F.layer_norm(x, (DIM,)), cache=banks)

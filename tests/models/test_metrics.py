@@ -177,7 +177,7 @@ def test_wrong_input_is_refused():
         pixel_metrics(np.full((1, 2, 2), np.nan), np.eye(2, dtype=bool)[None])
     with pytest.raises(ValueError, match=r"differ in shape: \(2,\) and \(3,\)"):
         image_metrics([0.0, 1.0], [0, 1, 1])
-    with pytest.raises(ValueError, match=r"shape \(B, H, W\)"):
+    with pytest.raises(ValueError, match=r"expected \(B, H, W\)"):
         pixel_metrics(np.zeros((2, 2)), np.eye(2, dtype=bool))
-    with pytest.raises(ValueError, match="max_fpr"):
+    with pytest.raises(ValueError, match="max_fpr is 0: expected"):
         pixel_metrics(np.zeros((1, 2, 2)), np.eye(2, dtype=bool)[None], max_fpr=0)

@@ -2,7 +2,6 @@
 
 import multiprocessing
 import os
-import secrets
 import shutil
 import signal
 import sys
@@ -14,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from dpdiff._files import user_cache
+from dpdiff._files import atomic_folder, user_cache
 from dpdiff._progress import track
 from dpdiff.data.products.category import Category
 
@@ -67,7 +66,7 @@ class Products:
         least |= {name: (count, 1) for name, count in counts.items()}
         for name, (value, low) in least.items():
             if value < low:
-                raise ValueError(f"{name} must be at least {low}, got {value}")
+                raise ValueError(f"{name} is {value}: expected at least {low}")
         folder = Path(root) if root is not None else user_cache() / "products"
         folder = folder / "-".join(map(str, (f"v{_VERSION}", f"seed{seed}", f"{size}px", *counts.values())))
         store = folder / "all"
@@ -90,8 +89,7 @@ def render_category(seed: int, index: int, folder: Path, size: int, counts: tupl
     """Render a category into a folder that is there only when it is complete."""
     category = Category(seed, index)
     n_train, n_good, n_defective = counts
-    temporary = folder.with_name(f".{folder.name}-{secrets.token_hex(8)}")
-    try:
+    with atomic_folder(folder) as temporary:
         for split, count in (("train", n_train), ("test", n_good)):
             for number in range(count):
                 _save(category.good(split, number, size), temporary / split / "good" / f"{number:03d}.png")
@@ -99,23 +97,11 @@ def render_category(seed: int, index: int, folder: Path, size: int, counts: tupl
             kind, image, mask = category.defective(number, size)
             _save(image, temporary / "test" / kind / f"{number:03d}.png")
             _save(mask.astype(np.uint8) * 255, temporary / "ground_truth" / kind / f"{number:03d}_mask.png")
-        _settle(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _save(pixels: np.ndarray, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels).save(path, compress_level=1)  # noise doesn't compress, however long one tries
-
-
-def _settle(temporary: Path, folder: Path) -> None:
-    """Give a complete folder its name, unless another process has made the same meanwhile."""
-    try:
-        os.replace(temporary, folder)
-    except OSError:
-        if not folder.is_dir():
-            raise
 
 
 def _in_processes(jobs: Sequence[tuple], workers: int) -> Iterator[None]:
@@ -181,11 +167,9 @@ def _link(root: Path, store: Path, names: Sequence[str]) -> None:
     if root.is_dir() and sorted(os.listdir(root)) == sorted(names):
         return
     shutil.rmtree(root, ignore_errors=True)
-    temporary = root.with_name(f".{root.name}-{secrets.token_hex(8)}")
-    temporary.mkdir()
-    for name in names:
-        (temporary / name).symlink_to(Path("..", store.name, name), target_is_directory=True)
-    _settle(temporary, root)
+    with atomic_folder(root) as temporary:
+        for name in names:
+            (temporary / name).symlink_to(Path("..", store.name, name), target_is_directory=True)
 
 
 def _remove_stale(store: Path) -> None:

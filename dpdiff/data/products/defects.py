@@ -1,7 +1,7 @@
 """Seven kinds of defect, from barely visible to obvious.
 
 A kind looks at a painted specimen and returns what to change: the geometry, before it is painted again, or its surface,
-afterwards; and where it may show, which is cut to where it does show in the end (see catalogue.py).
+afterwards; and where it may show, which is cut to where it does show in the end (see category.py).
 """
 
 from collections.abc import Callable
