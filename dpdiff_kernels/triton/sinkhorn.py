@@ -57,7 +57,7 @@ def _half_step(
 ):  # fmt: skip
     """out_i = -damp eps log sum_j exp((h_j - cost_ij) / eps), h = high + low, for n output and m reduced points."""
     tiles = tl.cdiv(n, OUT)
-    b = (tl.program_id(0) // tiles).to(tl.int64)
+    b = tl.program_id(0) // tiles  # made wide where it is multiplied: sm_90 would spill
     tile = tl.program_id(0) % tiles
     if TOL:
         if stopped(used, parts, stranded, b, k, n_parts, tol, COLUMNS):
@@ -69,7 +69,7 @@ def _half_step(
         j = start + tl.arange(0, REDUCED)
         h = tl.load(high + b * m + j, mask=j < m, other=-_INF)
         h_rest = tl.load(low + b * m + j, mask=j < m, other=0.0)
-        c = _tile(cost, b, i, j, n, m, COLUMNS)
+        c = _tile(cost, b.to(tl.int64), i, j, n, m, COLUMNS)
         x, rest = _sum_of(h[None, :], -c)
         rest = tl.where(x > -_INF, rest + h_rest[None, :], 0.0)  # else infinite minus infinite
         greater = tl.maximum(most, tl.max(x, 1))
@@ -84,11 +84,11 @@ def _half_step(
             if tile == 0:
                 tl.store(used + b, (k + 1).to(tl.int64))
         else:
-            potential = tl.load(before + b * stride + i, mask=keep, other=_INF)
+            potential = tl.load(before + b.to(tl.int64) * stride + i, mask=keep, other=_INF)
             off = violation(softmin, i, keep, b, n, potential, weight, eps, tau)
             tl.store(parts + b * n_parts + tile, off)
     value = softmin * damp
-    tl.store(out + b * stride + i, value, mask=keep)
+    tl.store(out + b.to(tl.int64) * stride + i, value, mask=keep)
     h = carried(value, i, keep, b, n, log_weight)
     h_high = h.to(tl.float32)
     tl.store(out_high + b * n + i, h_high, mask=keep)
