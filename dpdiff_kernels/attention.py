@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from dpdiff_kernels import reference
 from dpdiff_kernels.backends import backends, select
-from dpdiff_kernels.checks import check_floats, check_groups, check_int, check_shape, present
-from dpdiff_kernels.operators import register
+from dpdiff_kernels.checks import check_floats, check_groups, check_int, check_shape, present, under_autocast
+from dpdiff_kernels.operators import observed, register
 
 
 def prototype_attention(
@@ -70,7 +70,7 @@ def prototype_attention(
             to attend to. (The reference finds that last one in eager mode on CPU; elsewhere it answers NaN.)
     """
     tensors = (query, local_key, local_value, global_key, global_value, gate)
-    if isinstance(query, Tensor) and torch.is_autocast_enabled(query.device.type):
+    if isinstance(query, Tensor) and under_autocast(query):
         tensors = [_autocast(tensor) for tensor in tensors]
         with torch.autocast(query.device.type, enabled=False):
             return prototype_attention(*tensors, scale, groups, active_groups, backend=backend)
@@ -97,7 +97,7 @@ def prototype_attention(
         gate = gate.expand(*batch_shape, heads, n_tokens).reshape(batch, heads, n_tokens)
     if active_groups is not None:
         active_groups = active_groups.reshape(batch, active_groups.shape[-1])
-    if backend != "cpp" and active_groups is not None and global_key is None and not torch.compiler.is_compiling():
+    if backend != "cpp" and active_groups is not None and global_key is None:
         _check_routes(groups, active_groups)
     if backend == "reference":
         out = reference.prototype_attention(flat, *banks, gate, scale, groups, active_groups)
@@ -166,7 +166,9 @@ def _flatten_bank(bank: Tensor | None, batch: int) -> Tensor | None:
 
 
 def _check_routes(groups: Tensor, active_groups: Tensor) -> None:
-    if groups.device.type == "cpu" and not reference.active_prototypes(groups, active_groups).any(-1).all():
+    if observed((groups, active_groups)) or groups.device.type != "cpu":
+        return
+    if not reference.active_prototypes(groups, active_groups).any(-1).all():
         raise ValueError(
             "active_groups leaves a batch element without local prototypes, and there is no global bank: "
             "expected at least one active prototype each"

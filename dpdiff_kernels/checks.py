@@ -82,10 +82,15 @@ def check_groups(
         )
 
 
+def under_autocast(tensor: Tensor) -> bool:
+    device = tensor.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def widest_under_autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """Under autocast, the tensors in the widest of their dtypes, as torch.cdist takes them; as they are otherwise."""
     floats = [t for t in tensors if isinstance(t, Tensor) and t.dtype in FLOATS]
-    if not floats or not torch.is_autocast_enabled(floats[0].device.type):
+    if not floats or not under_autocast(floats[0]):
         return tensors
     dtype = floats[0].dtype
     for t in floats[1:]:

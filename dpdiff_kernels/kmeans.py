@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dpdiff_kernels import reference
-from dpdiff_kernels.checks import check_choice, check_floats, check_int, check_shape
+from dpdiff_kernels.checks import check_choice, check_floats, check_int, check_shape, under_autocast
 from dpdiff_kernels.nearest import nearest_prototype, prototype_statistics
 
 # Elements of a chunk (64 MB in float32): the iterations convert one at a time.
@@ -32,7 +32,8 @@ def kmeans(
     Args:
         tokens: (..., N, D), any float dtype, finite; all leading dimensions are flattened into N.
         n_prototypes: how many centres, K; at most N.
-        metric: "l2" (k-means), or "cosine" (spherical k-means: only directions count, centres are unit vectors).
+        metric: "l2" (k-means), or "cosine" (spherical k-means: only directions count, centres are unit vectors; zero
+            vectors count only where there are fewer others than centres).
         n_iters: the most Lloyd iterations; stops before at a fixed point. 0 returns the initial centres.
         generator: of the tokens' device; torch's default one when None. The same state gives the same centres.
         init: "k-means++" (Arthur and Vassilvitskii 2007, greedy; on a random subset of more than 32 K tokens),
@@ -52,7 +53,7 @@ def kmeans(
     float64), and O(log K) numbers for each of them.
     """
     check_floats(tokens=tokens)
-    if torch.is_autocast_enabled(tokens.device.type):  # which would seed from distances in its own dtype
+    if under_autocast(tokens):  # which would seed from distances in its own dtype
         with torch.autocast(tokens.device.type, enabled=False):
             return kmeans(tokens, n_prototypes, metric, n_iters, generator, init, backend=backend)
     if tokens.dim() < 2:
@@ -68,19 +69,27 @@ def kmeans(
     if not all(_is_finite(chunk) for chunk in tokens.split(_chunk_length(tokens))):
         raise ValueError("tokens holds NaN or Inf: expected finite values")
 
+    weights = None
+    if metric == "cosine":
+        weights = torch.cat([_inverse_norm(chunk) for chunk in _chunks(tokens)])
+        directed = weights > 0  # a zero vector has no direction, and makes no centre where there are others enough
+        if n_prototypes <= directed.sum() < len(tokens):
+            tokens, weights = tokens[directed], weights[directed]
+
     if isinstance(init, Tensor):
         check_floats(tokens=tokens, init=init)
         check_shape("init", init, (n_prototypes, tokens.shape[1]))
         if not _is_finite(init):
             raise ValueError("init holds NaN or Inf: expected finite values")
-        prototypes = _prepare(init.detach(), metric)
+        prototypes = _prepare(init.detach(), metric).clone()  # not the caller's own
+    elif not isinstance(init, str):
+        raise TypeError(f"init is a {type(init).__name__}: expected a torch.Tensor, 'k-means++' or 'random'")
     elif init == "random":
         prototypes = _prepare(tokens[_draw(tokens, n_prototypes, generator)], metric)
     else:
         check_choice("init", init, ("k-means++", "random"))
         prototypes = _plus_plus(tokens, n_prototypes, metric, generator)
 
-    weights = None if metric == "l2" else torch.cat([_inverse_norm(chunk) for chunk in _chunks(tokens)])
     for _ in range(n_iters):
         updated = _lloyd(tokens, weights, prototypes, metric, backend)
         if torch.equal(updated, prototypes):

@@ -114,7 +114,7 @@ def aggregate_nearest(
         others: as for `nearest_prototype`.
 
     Returns:
-        values: (..., N, D) in the tokens' dtype; NaN where a score isn't finite.
+        values: (..., N, D) in the tokens' dtype; NaN where a score is NaN.
         scores, indices: as for `nearest_prototype`.
 
     Gradients reach tokens and prototypes through values and scores; they are added up in a fixed order. Forward-mode
@@ -165,7 +165,7 @@ def prototype_statistics(
     """
     tokens, prototypes = _check_operands(tokens, prototypes)
     check_choice("metric", metric, METRICS)
-    check_shape("prototypes", prototypes, (prototypes.shape[0] if prototypes.dim() > 0 else 0, tokens.shape[-1]))
+    _check_prototypes(prototypes, tokens.shape[-1])
     if weights is not None:
         check_floats(weights=weights)
         check_shape("weights", weights, tuple(tokens.shape[:-1]))
@@ -195,14 +195,22 @@ def _check_search(
 ) -> tuple[Tensor, Tensor]:
     tokens, prototypes = _check_operands(tokens, prototypes)
     batch, d = tuple(tokens.shape[:-2]), tokens.shape[-1]
-    n_prototypes = prototypes.shape[-2] if prototypes.dim() > 1 else 0
-    check_shape("prototypes", prototypes, (n_prototypes, d), (*batch, n_prototypes, d))
+    _check_prototypes(prototypes, d, batch)
+    n_prototypes = prototypes.shape[-2]
     check_choice("metric", metric, METRICS)
     check_int("k", k, 1)
     if k > n_prototypes:
         raise ValueError(f"k is {k}: expected at most the number of prototypes, {n_prototypes}")
     check_groups(groups, active_groups, n_prototypes, batch, tokens.device)
     return tokens, prototypes
+
+
+def _check_prototypes(prototypes: Tensor, d: int, batch: tuple[int, ...] = ()) -> None:
+    """(K, D), or one such bank for each element of the batch."""
+    own = prototypes.dim() == len(batch) + 2 and tuple(prototypes.shape[:-2]) == batch
+    if prototypes.dim() < 2 or prototypes.shape[-1] != d or not (own or prototypes.dim() == 2):
+        shapes = " or ".join(str(shape) for shape in dict.fromkeys([("K", d), (*batch, "K", d)]))
+        raise ValueError(f"prototypes has shape {tuple(prototypes.shape)}: expected {shapes}")
 
 
 def _flatten(tokens: Tensor, prototypes: Tensor, active_groups: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:

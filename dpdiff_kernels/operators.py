@@ -62,11 +62,19 @@ class _Operator:
 
     def __call__(self, *arguments: Any) -> Any:
         if observed(arguments):
+            _refuse_functorch(self.operator, arguments)
             return self.operator(*arguments)
         if self.differentiable is not None and torch.is_grad_enabled():
             if any(isinstance(x, Tensor) and x.requires_grad for x in arguments):
                 return self.differentiable(*arguments)
         return self.function(*arguments)
+
+
+def _refuse_functorch(operator: Callable, arguments: tuple) -> None:
+    if torch.compiler.is_compiling():  # which can't trace the question
+        return
+    if any(isinstance(x, Tensor) and torch._C._functorch.is_gradtrackingtensor(x) for x in arguments):
+        raise NotImplementedError(f"torch.func doesn't differentiate {operator}: use torch.autograd")
 
 
 def observed(arguments: tuple) -> bool:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from dpdiff_kernels.operators import observed
+
 
 def accumulation_dtype(tensor: Tensor) -> torch.dtype:
     """In which every operator adds up: float64 for float64, float32 for all others."""
@@ -101,7 +103,7 @@ def _nearest_indices(
     available = None
     if groups is not None:
         available = active_prototypes(groups, active_groups)
-        if available.device.type == "cpu" and not torch.compiler.is_compiling():
+        if available.device.type == "cpu" and not observed((groups, active_groups)):
             for i, n in enumerate(available.sum(-1).tolist()):
                 if n < k:
                     few = f"active_groups leaves batch element {i} with {n} prototypes"
@@ -319,7 +321,7 @@ def _iterate(
         row_sums = torch.where((a > 0) & (f < math.inf), a * ((f - softmin) / eps).exp(), 0)
         error = violation(row_sums, f, a, tau_a) + violation(torch.zeros_like(b), g, b * (g == math.inf), tau_b)
         active = active & ~(error < tol)
-        if not torch.compiler.is_compiling() and not active.any():
+        if not observed((active,)) and not active.any():
             break
         f = torch.where(active[:, None], damp_a * softmin, f)
         g = torch.where(active[:, None], damp_b * columns(log_weighted(f, a, eps)), g)

@@ -18,7 +18,7 @@ from dpdiff_kernels.checks import (
     present,
     widest_under_autocast,
 )
-from dpdiff_kernels.operators import register
+from dpdiff_kernels.operators import observed, register
 
 
 class Transport(NamedTuple):
@@ -52,10 +52,12 @@ class PointTransport(NamedTuple):
 
         Raises:
             TypeError: v isn't a floating-point tensor.
-            ValueError: v's shape doesn't fit.
+            ValueError: v's shape or device doesn't fit.
         """
         x, y, h_x, h_y, eps, metric, backend = self.problem
         check_floats(v=v)
+        if v.device != x.device:
+            raise ValueError(f"v is on {v.device}: expected {x.device}, where the points are")
         batch, n, m = self.f.shape[:-1], x.shape[1], y.shape[1]
         if v.dim() != len(batch) + 2 or v.shape[:-1] != (*batch, m):
             raise ValueError(f"v has shape {tuple(v.shape)}: expected {(*batch, m, 'C')}")
@@ -151,7 +153,7 @@ def sinkhorn(
         raise ValueError(f"cost has shape {tuple(cost.shape)}: expected (..., N, M)")
     _check_options(eps, n_iters, tol, tau_a, tau_b)
     *batch, n, m = cost.shape
-    name = select(backend, _implemented(n, m), cost, a, b)
+    name = select(backend, _implemented(cost), cost, a, b)
     size = math.prod(batch)
     dtype = reference.accumulation_dtype(cost)
     flat_cost = cost.reshape(size, n, m).to(dtype)
@@ -201,7 +203,7 @@ def sinkhorn_points(
 
     Gradients reach x, y, a and b through value (by the envelope theorem, two passes over the pairs), through f and g
     (exact derivatives of the iterations that ran, which the backward pass runs again: O(n_iters (N + M)) memory) and
-    through apply. Second derivatives: on the reference. Forward-mode ones: none.
+    through apply. Second derivatives: on the reference all, elsewhere those of value only. Forward-mode ones: none.
 
     Work: O(N M D) per iteration. Memory beyond the inputs: O(N + M) and a block of the cost.
 
@@ -241,8 +243,11 @@ def sinkhorn_points(
     )
 
 
-def _implemented(n: int, m: int) -> tuple[str, ...]:
+def _implemented(cost: Tensor) -> tuple[str, ...]:
     """The backends of `sinkhorn`, the fastest first: CUDA C++ where a cluster's shared memory holds the costs."""
+    if not cost.is_cuda:  # a program for any N and M mustn't learn their limits on GPUs
+        return "triton", "cpp", "reference"
+    n, m = cost.shape[-2:]
     if m > 4096:  # which CUDA C++ doesn't take
         return "triton", "cpp", "reference"
     on_gpus = ("cuda", "triton") if m <= 512 and n * m <= 400_000 else ("triton", "cuda")
@@ -267,7 +272,7 @@ def _weights(name: str, weights: Tensor | None, batch: list[int], size: int, lik
 
 def _check_masses(a: Tensor, b: Tensor, dtype: torch.dtype, balanced: bool) -> None:
     """Raises where a weight is negative or balanced masses differ; looks at the data, so in eager mode on CPU only."""
-    if torch.compiler.is_compiling() or a.device.type != "cpu":
+    if observed((a, b)) or a.device.type != "cpu":
         return
     for name, weights in (("a", a), ("b", b)):
         if (weights < 0).any():
@@ -289,11 +294,11 @@ def _fake(cost, a, b, eps, n_iters, tol, tau_a, tau_b, return_plan):
     batch, n, m = cost.shape
     plan = cost.new_empty(batch if return_plan else 0, n, m)
     total, value, error = (cost.new_empty(batch) for _ in range(3))
-    return plan, torch.empty_like(a), torch.empty_like(b), total, value, cost.new_empty(batch, dtype=torch.int64), error
+    return plan, *_contiguous(a, b), total, value, cost.new_empty(batch, dtype=torch.int64), error
 
 
 def _fake_points(x, y, a, b, eps, n_iters, tol, tau_a, tau_b, metric):
-    f, g = (torch.empty_like(weights, dtype=torch.float64) for weights in (a, b))
+    f, g = (weights.new_empty(weights.shape, dtype=torch.float64) for weights in (a, b))
     batch = x.shape[0]
     return f, g, x.new_empty(batch), x.new_empty(batch, dtype=torch.int64), x.new_empty(batch)
 
@@ -302,8 +307,9 @@ def _fake_apply(x, y, h_x, h_y, v, eps, metric):
     return x.new_empty(x.shape[0], x.shape[1], v.shape[2])
 
 
-def _like(*tensors):
-    return tuple(map(torch.empty_like, tensors))
+def _contiguous(*tensors):
+    """Of the same shapes: whatever the strides are, results are contiguous."""
+    return tuple(tensor.new_empty(tensor.shape) for tensor in tensors)
 
 
 def _sums(grads, others):
@@ -313,8 +319,7 @@ def _sums(grads, others):
 
 def _not_twice(ctx, *grads):
     raise NotImplementedError(
-        "but for the gradients of value, and those not of sinkhorn_points, second derivatives are on the reference: "
-        "use backend='reference'"
+        "second derivatives, but for those of value, are on the reference: use backend='reference'"
     )
 
 
@@ -379,9 +384,9 @@ def _register(namespace: str, *modules: Any) -> SimpleNamespace:
         ("sinkhorn", _fake, backward, save),
         ("sinkhorn_points", _fake_points, backward_points, save_points),
         ("sinkhorn_apply", _fake_apply, backward_apply, save_apply),
-        ("sinkhorn_backward", lambda cost, a, b, *_: _like(cost, a, b), _not_twice, None),
-        ("sinkhorn_points_backward", lambda x, y, a, b, *_: _like(x, y, a, b), _not_twice, None),
-        ("sinkhorn_apply_backward", lambda _, x, y, h_x, h_y, *__: _like(x, y, h_x, h_y), _not_twice, None),
+        ("sinkhorn_backward", lambda cost, a, b, *_: _contiguous(cost, a, b), _not_twice, None),
+        ("sinkhorn_points_backward", lambda x, y, a, b, *_: _contiguous(x, y, a, b), _not_twice, None),
+        ("sinkhorn_apply_backward", lambda _, x, y, h_x, h_y, *__: _contiguous(x, y, h_x, h_y), _not_twice, None),
     ):
         setattr(ops, name, register(f"{namespace}::{name}", fake, formula, setup, *modules))
     return ops

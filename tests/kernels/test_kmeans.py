@@ -86,6 +86,23 @@ def test_empty_clusters_move_to_the_farthest_tokens(metric):
     torch.testing.assert_close(moved[1], tokens[farthest])
 
 
+def test_the_given_centres_stay_the_callers():
+    tokens = torch.randn(30, 3)
+    fixed = dk.kmeans(tokens, 4, n_iters=200)
+    found = dk.kmeans(tokens, 4, init=fixed)
+    assert torch.equal(found, fixed) and found.data_ptr() != fixed.data_ptr()
+
+
+@pytest.mark.parametrize("init", ["k-means++", "random"])
+def test_zero_vectors_have_no_direction(init):
+    tokens = torch.cat([torch.zeros(50, 8), torch.randn(12, 8)])
+    for seed in range(5):
+        generator = torch.Generator().manual_seed(seed)
+        centres = dk.kmeans(tokens, 6, "cosine", init=init, generator=generator)
+        torch.testing.assert_close(centres.norm(dim=-1), torch.ones(6))
+    assert dk.kmeans(tokens[:52], 3, "cosine", init=init).isfinite().all()  # only two have one
+
+
 def test_shapes_and_dtypes():
     tokens, _ = blobs()
     prototypes = dk.kmeans(tokens.reshape(2, 30, 10, 10), 5, generator=seeded())
@@ -131,6 +148,7 @@ def test_fewer_different_tokens_than_prototypes(metric):
         (ValueError, "n_prototypes is 0: expected at least 1", dict(n_prototypes=0)),
         (ValueError, "metric is 'dot': expected 'l2', 'cosine'", dict(metric="dot")),
         (ValueError, "init is 'first'", dict(init="first")),
+        (TypeError, "init is a list: expected a torch.Tensor, 'k-means", dict(init=[[1.0]])),
         (ValueError, r"init has shape \(3, 3\): expected \(2, 3\)", dict(init=torch.ones(3, 3))),
         (ValueError, "tokens holds NaN or Inf", dict(tokens=torch.full((6, 3), torch.nan))),
         (ValueError, "init holds NaN or Inf: expected finite values", dict(init=torch.full((2, 3), torch.nan))),

@@ -21,11 +21,11 @@ import dpdiff_kernels as dk
         (TypeError, "prototypes is a NoneType", dict(prototypes=None)),
         (TypeError, "k is 1.5", dict(k=1.5)),
         (ValueError, r"tokens has shape \(4,\): expected \(..., N, D\)", dict(tokens=torch.ones(4))),
-        (ValueError, r"prototypes has shape \(3, 5\): expected \(3, 4\)", dict(prototypes=torch.ones(3, 5))),
-        (ValueError, r"prototypes has shape \(4,\)", dict(prototypes=torch.ones(4))),
+        (ValueError, r"prototypes has shape \(3, 5\): expected \('K', 4\)", dict(prototypes=torch.ones(3, 5))),
+        (ValueError, r"prototypes has shape \(4,\): expected \('K', 4\)", dict(prototypes=torch.ones(4))),
         (
             ValueError,
-            r"prototypes has shape \(5, 3, 4\): expected \(3, 4\) or \(2, 3, 4\)",
+            r"prototypes has shape \(5, 3, 4\): expected \('K', 4\) or \(2, 'K', 4\)",
             dict(tokens=torch.ones(2, 6, 4), prototypes=torch.ones(5, 3, 4)),
         ),
         (ValueError, "k is 4: expected at most the number of prototypes, 3", dict(k=4)),
@@ -47,7 +47,7 @@ def test_other_errors():
         dk.aggregate_nearest(torch.ones(2, 4), torch.ones(3, 4), temperature=0)
     with pytest.raises(ValueError, match=r"weights has shape \(3,\): expected \(2,\)"):
         dk.prototype_statistics(torch.ones(2, 4), torch.ones(3, 4), weights=torch.ones(3))
-    with pytest.raises(ValueError, match=r"prototypes has shape \(2, 3, 4\): expected \(2, 4\)"):
+    with pytest.raises(ValueError, match=r"prototypes has shape \(2, 3, 4\): expected \('K', 4\)"):
         dk.prototype_statistics(torch.ones(2, 2, 4), torch.ones(2, 3, 4))
     with pytest.raises(TypeError, match="prototypes is a NoneType"):
         dk.prototype_statistics(torch.ones(2, 4), None)

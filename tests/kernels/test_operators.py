@@ -48,6 +48,11 @@ class Marked(Tensor):
     pass
 
 
+def test_torch_func_is_refused_in_one_line():
+    with pytest.raises(NotImplementedError, match=r"torch\.func doesn't differentiate dpdiff_test\.cube\."):
+        torch.func.grad(lambda x: CUBE(x, 2.0)[0].sum())(torch.ones(3))
+
+
 @pytest.fixture
 def calls(monkeypatch):
     """How often the function was called without torch.library."""

@@ -8,6 +8,12 @@ import torch
 import dpdiff_kernels as dk
 
 
+def test_a_matrix_on_another_device():
+    transport = dk.sinkhorn_points(torch.rand(3, 2), torch.rand(4, 2))
+    with pytest.raises(ValueError, match="v is on meta: expected cpu, where the points are"):
+        transport.apply(torch.rand(4, 1, device="meta"))
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [

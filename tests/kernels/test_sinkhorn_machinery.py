@@ -8,6 +8,7 @@ import pytest
 import torch
 from cpu_backends import each_backend, needs_cpp
 from sinkhorn_problems import points, random_problem
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import dpdiff_kernels as dk
 
@@ -85,6 +86,46 @@ def test_exports(backend):
     inputs = tuple(torch.cat([z, z, z]) for z in inputs)
     for result, expected in zip(program.module()(*inputs), Model()(*inputs)):
         torch.testing.assert_close(result, expected)
+
+
+@each_backend
+def test_exports_for_any_numbers_of_rows_and_columns(backend):
+    class Model(torch.nn.Module):
+        def forward(self, cost):
+            return dk.sinkhorn(cost, n_iters=3, backend=backend).value
+
+    every = dict(enumerate(map(torch.export.Dim, ("batch", "n", "m"))))
+    program = torch.export.export(Model(), (torch.rand(2, 6, 5),), dynamic_shapes=(every,))
+    cost = torch.rand(3, 4, 600)  # more columns than CUDA C++ would be chosen for
+    torch.testing.assert_close(program.module()(cost), Model()(cost))
+
+
+@each_backend
+def test_fake_tensors_and_vmap_see_no_numbers(backend):
+    cost, a, b = torch.rand(2, 6, 5), torch.full((6,), 1 / 6), torch.full((5,), 1 / 5)
+    with FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(x) for x in (cost, a, b)]
+        assert dk.sinkhorn(*fakes, tol=1e-3, backend=backend).plan.shape == cost.shape
+    if backend == "cpp":  # vmap takes no autograd.Function of the reference's
+        values = torch.vmap(lambda one: dk.sinkhorn(one, a, b, backend=backend).value)(cost)
+        assert torch.equal(values, dk.sinkhorn(cost, a, b, backend=backend).value)
+
+
+def test_meta_tensors():
+    cost, x = torch.rand(2, 6, 5, device="meta"), torch.rand(6, 3, device="meta")
+    assert dk.sinkhorn(cost).plan.shape == cost.shape
+    assert dk.sinkhorn_points(x, x).f.shape == (6,)
+
+
+@needs_cpp
+def test_opcheck_of_transposed_inputs():
+    ops = torch.ops.dpdiff
+    cost, a, b = random_problem(2, 6, 5, dtype=torch.float32)
+    turned = [x.mT.contiguous().mT for x in (cost, a, b)]
+    torch.library.opcheck(ops.sinkhorn.default, (*turned, 0.1, 4, None, None, None, True), test_utils="test_faketensor")
+    x, y = (z.mT.contiguous().mT for z in points(6, 5, 3, 2, dtype=torch.float32))
+    options = 0.1, 4, None, None, None, "l2"
+    torch.library.opcheck(ops.sinkhorn_points.default, (x, y, *turned[1:], *options), test_utils="test_faketensor")
 
 
 @needs_cpp
