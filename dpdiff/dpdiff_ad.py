@@ -151,7 +151,13 @@ class DPDiffAD(Detector):
     def initialise(self, batches: BatchesOf, n_images: int, generator: torch.Generator) -> None:
         """Sets the tokenizer's statistics, the global prototypes, and the local ones of each by k-means."""
         self.tokenizer.fit(batches(spread(n_images)))
-        descriptors = torch.cat([self.encode(maps).mean(1) for maps in batches(range(n_images))])
+        # Filled in place: kept one by one, small results among large ones would tear up the heap, by gigabytes.
+        descriptors = self.global_prototypes.bank.new_empty(n_images, self.tokenizer.dim)
+        done = 0
+        for maps in batches(range(n_images)):
+            means = self.encode(maps).mean(1)
+            descriptors[done : done + len(means)] = means
+            done += len(means)
         group = self.global_prototypes.initialise(descriptors, self.config["ot_weight"] > 0, generator)
         members = [(group == g).nonzero().flatten().tolist() for g in range(self.config["n_global"])]
         for own, prototype in zip(members, self.global_prototypes.bank):
