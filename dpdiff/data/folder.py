@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
 from dpdiff.data.listed import is_real_iad, is_visa, scan_real_iad, scan_visa
 from dpdiff.data.samples import Catalogue, Sample, natural_key, subfolders, walk_images
 
+# Names of folders are known in whatever case they are written.
 _GOOD_NAMES = {"good", "ok", "normal"}
 _TEST_NAMES = ("test", "test_public")  # the second is MVTec AD 2's; its private tests come without labels
+_MASKS = "ground_truth"
 _DEPTH = 3  # of a category below the root, at most: <category>, VisA_pytorch/1cls/<category>, MANTA/<domain>/<category>
 
 
@@ -24,7 +27,8 @@ def scan(root: str | os.PathLike, layout: str = "auto", need: str | None = None)
       below, or ``root`` is one itself. Known too: good images called ok or normal (BTAD), a mask ``<name>.*`` (VisA
       converted, BTAD, MANTA), a folder of masks ``<name>/*`` (MVTec LOCO), ``test_public/<kind>/*`` with
       ``test_public/ground_truth/<kind>/*`` (MVTec AD 2), and ``<kind>/img/*`` with ``<kind>/label/*`` (BMAD).
-      Images that lie in ``train`` itself, beside ``test``, are good. ``validation`` folders are not used.
+      Images that lie in ``train`` itself, beside ``test``, are good. ``validation`` folders are not used. Whether
+      these names are written in capitals or not makes no difference.
     - ``"visa"``: VisA as published, ``split_csv/1cls.csv`` and the files it names.
     - ``"real-iad"``: Real-IAD and Real-IAD Variety as published, one JSON file per category and the images of one
       resolution (the largest there is). A view of a defective object in which no defect is marked counts as good, as
@@ -107,14 +111,14 @@ def _find_categories(folder: Path, depth: int) -> list[Path]:
 
     One of these two alone, without kinds, may be a class of images.
     """
-    children = {child.name: child for child in subfolders(folder)}
-    tests = [children[name] for name in _TEST_NAMES if name in children]
-    split = "train" in children and (tests or any(_is_good(kind) for kind in subfolders(children["train"])))
+    children = subfolders(folder)
+    tests, train = _tests(children), _named(children, "train")
+    split = train and (tests or any(_is_good(kind) for kind in subfolders(train)))
     if split or any(subfolders(test) for test in tests):
         return [folder]
     if depth == 0:
         return []
-    return [found for child in children.values() for found in _find_categories(child, depth - 1)]
+    return [found for child in children for found in _find_categories(child, depth - 1)]
 
 
 def _empty_folders(parent: Path) -> list[Path]:
@@ -122,13 +126,23 @@ def _empty_folders(parent: Path) -> list[Path]:
     return [folder for folder in subfolders(parent) if not any(files for _, _, files in os.walk(folder))]
 
 
+def _named(folders: Iterable[Path], name: str) -> Path | None:
+    """The one of this name, in its own case if there is such."""
+    same = [folder for folder in folders if folder.name.lower() == name.lower()]
+    return min(same, key=lambda folder: folder.name != name, default=None)
+
+
+def _tests(children: list[Path]) -> list[Path]:
+    return [test for name in _TEST_NAMES if (test := _named(children, name))]
+
+
 def _is_good(kind: Path) -> bool:
     return kind.name.lower() in _GOOD_NAMES
 
 
 def _training_images(category: Path) -> list[Path]:
-    train = category / "train"
-    if not train.is_dir():
+    train = _named(subfolders(category), "train")
+    if not train:
         return []
     kinds = subfolders(train)
     folders = [kind for kind in kinds if _is_good(kind)] if kinds else [train]
@@ -137,29 +151,30 @@ def _training_images(category: Path) -> list[Path]:
 
 def _test_samples(category: Path, name: str, need: str | None) -> list[Sample]:
     samples = []
-    for test in (category / t for t in _TEST_NAMES):
-        if not test.is_dir():
-            continue
+    children = subfolders(category)
+    for test in _tests(children):
         kinds = subfolders(test)
         if not kinds and need != "train" and any(walk_images(test)):
             expected = f"{test.name}/good/* and {test.name}/<kind>/*"
             raise ValueError(f"images lie loose in {test}: expected {expected}; if all are good, give {test} alone")
         for kind in kinds:
             if _is_good(kind):
-                images = kind / "img" if (kind / "img").is_dir() else kind
+                images = _named(subfolders(kind), "img") or kind
                 samples += [Sample(image, name) for image in walk_images(images)]
-            elif kind.name != "ground_truth":  # which lies beside the kinds in MVTec AD 2
-                samples += _defects(category, test, kind, name)
+            elif kind.name.lower() != _MASKS:  # which lies beside the kinds in MVTec AD 2
+                samples += _defects(kind, [_named(kinds, _MASKS), _named(children, _MASKS)], name)
     return samples
 
 
-def _defects(category: Path, test: Path, kind: Path, name: str) -> list[Sample]:
-    images, masks = kind, category / "ground_truth" / kind.name
-    if (kind / "img").is_dir():
-        images, masks = kind / "img", kind / "label"
-    elif (test / "ground_truth" / kind.name).is_dir():
-        masks = test / "ground_truth" / kind.name
-    found = _masks_by_name(masks)
+def _defects(kind: Path, ground_truths: list[Path | None], name: str) -> list[Sample]:
+    parts = subfolders(kind)
+    images = _named(parts, "img")
+    if images:
+        masks = _named(parts, "label")
+    else:
+        images = kind
+        masks = next((m for g in ground_truths if g and (m := _named(subfolders(g), kind.name))), None)
+    found = _masks_by_name(masks) if masks else {}
     samples = []
     for image in walk_images(images):
         stem = image.relative_to(images).with_suffix("").as_posix()
@@ -169,8 +184,6 @@ def _defects(category: Path, test: Path, kind: Path, name: str) -> list[Sample]:
 
 def _masks_by_name(folder: Path) -> dict[str, Path]:
     """Masks by their path without suffix; by that of their folder too, whose masks then are one (MVTec LOCO)."""
-    if not folder.is_dir():
-        return {}
     found = {}
     for mask in walk_images(folder):
         found[mask.relative_to(folder).with_suffix("").as_posix()] = mask

@@ -62,6 +62,25 @@ def test_mvtec(mvtec):
     ]
 
 
+def test_names_of_folders_are_known_in_any_case(tmp_path):
+    category = tmp_path / "bottle"
+    image(category / "Train" / "Good" / "0.png")
+    image(category / "TEST" / "Good" / "0.png")
+    image(category / "TEST" / "broken" / "0.png")
+    marked = mask(category / "Ground_Truth" / "Broken" / "0_mask.png")
+    found = scan(tmp_path, need="train")
+    assert [s.image.parent.parent.name for s in found.train] == ["Train"]
+    assert [(s.kind, s.label, s.mask) for s in found.test] == [("broken", 1, marked), ("good", 0, None)]
+
+
+def test_of_two_cases_of_a_name_the_usual_one_is_taken(mvtec):
+    image(mvtec / "bottle" / "Train" / "good" / "0.png")
+    image(mvtec / "bottle" / "Ground_Truth" / "broken_large" / "000_mask.png")
+    found = scan(mvtec / "bottle")
+    assert {s.image.parent.parent.name for s in found.train} == {"train"}
+    assert found.test[0].mask == mvtec / "bottle" / "ground_truth" / "broken_large" / "000_mask.png"
+
+
 def test_one_category_alone(mvtec):
     found = scan(mvtec / "bottle")
     assert found.categories == ["bottle"]
