@@ -10,18 +10,24 @@ from pathlib import Path, PurePosixPath
 from dpdiff.data.samples import Catalogue, Sample, natural_key, subfolders
 
 _VISA_SPLIT = Path("split_csv", "1cls.csv")
+_VISA_DEFECTS = Path("Data", "Images", "Anomaly")  # of a category
 
 
 def is_visa(root: Path) -> bool:
-    """Whether ``root`` is VisA as published; without its split too, lest defective images be taken for good ones."""
-    return (root / _VISA_SPLIT).is_file() or any((f / "Data" / "Images").is_dir() for f in subfolders(root))
+    """Whether ``root`` is VisA as published, one category of it, or the folder around it; without its split too, lest
+    defective images be taken for good ones."""
+    inside = subfolders(root)
+    folders = (root, *inside, *(f for folder in inside for f in subfolders(folder)))
+    return (root / _VISA_SPLIT).is_file() or any((f / _VISA_DEFECTS).is_dir() for f in folders)
 
 
 def scan_visa(root: Path) -> Catalogue:
     """VisA: rows of object, split (train, test), label (normal, anomaly), image, mask."""
     split = root / _VISA_SPLIT
     if not split.is_file():
-        raise FileNotFoundError(f"VisA folder {root} lacks {_VISA_SPLIT}, which says what to train on")
+        near = next((f for f in (root.absolute().parent, *subfolders(root)) if (f / _VISA_SPLIT).is_file()), None)
+        instead = f"; give {near}, which has it" if near else ""
+        raise FileNotFoundError(f"VisA folder {root} lacks {_VISA_SPLIT}, which says what to train on{instead}")
     catalogue = Catalogue()
     with split.open(newline="", encoding="utf-8-sig") as file:
         rows = csv.DictReader(file)

@@ -229,6 +229,22 @@ def test_visa_without_its_split_is_not_taken_for_good_images(tmp_path):
         scan(tmp_path)
 
 
+def test_the_folders_around_and_in_visa_are_not_taken_for_good_images(tmp_path):
+    visa = visa_original(tmp_path / "data" / "VisA")
+    for root in (visa / "pcb1", tmp_path / "data"):
+        with pytest.raises(FileNotFoundError, match=rf"{root} lacks split_csv/1cls\.csv, .*; give {visa}, which has it$"):
+            scan(root)
+    (visa / "split_csv" / "1cls.csv").unlink()
+    for root in (visa / "pcb1", tmp_path / "data"):
+        with pytest.raises(FileNotFoundError, match=r"lacks split_csv/1cls\.csv, which says what to train on$"):
+            scan(root)
+
+
+def test_images_in_folders_named_as_those_of_visa_may_all_be_good(tmp_path):
+    image(tmp_path / "site" / "Data" / "Images" / "0.png")
+    assert scan(tmp_path, need="train").categories == ["site"]
+
+
 def real_iad(root: Path, lists: str, images: str, category: str = "audiojack") -> Path:
     good = [f"OK/S000{i}/{category}_000{i}_OK_C1_2023.jpg" for i in range(3)]
     bad = f"NG/QS/S0001/{category}_0001_NG_QS_C1_2023"
