@@ -232,7 +232,9 @@ def test_visa_without_its_split_is_not_taken_for_good_images(tmp_path):
 def test_the_folders_around_and_in_visa_are_not_taken_for_good_images(tmp_path):
     visa = visa_original(tmp_path / "data" / "VisA")
     for root in (visa / "pcb1", tmp_path / "data"):
-        with pytest.raises(FileNotFoundError, match=rf"{root} lacks split_csv/1cls\.csv, .*; give {visa}, which has it$"):
+        with pytest.raises(
+            FileNotFoundError, match=rf"{root} lacks split_csv/1cls\.csv, .*; give {visa}, which has it$"
+        ):
             scan(root)
     (visa / "split_csv" / "1cls.csv").unlink()
     for root in (visa / "pcb1", tmp_path / "data"):
@@ -310,6 +312,14 @@ def test_real_iad_list_that_is_none_is_named(tmp_path, content):
     file.write_text(content)
     with pytest.raises(ValueError, match=r"audiojack\.json is not a Real-IAD list"):
         scan(tmp_path)
+
+
+def test_json_files_of_other_kinds_do_not_make_real_iad(tmp_path):
+    image(tmp_path / "cat" / "0.png")
+    for content in ('{"images": [], "annotations": []}', "[]", "{", "\x00"):
+        (tmp_path / "json").mkdir(exist_ok=True)
+        (tmp_path / "json" / "annotations.json").write_text(content)
+        assert scan(tmp_path, need="train").categories == ["cat"]
 
 
 def test_plain_folders(tmp_path):
