@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
@@ -34,7 +35,9 @@ def scan(root: str | os.PathLike, layout: str = "auto", need: str | None = None)
       resolution (the largest there is). A view of a defective object in which no defect is marked counts as good, as
       in the published figures.
     - ``"plain"``: good images only, nested or flat. Each first-level folder is a category, but for one that holds other
-      files only; images that lie in ``root`` itself make up a category of its name.
+      files only; images that lie in ``root`` itself make up a category of its name. A folder named as those of
+      defects and masks are (NG, Anomaly, Masks, ...) is refused, and so is one of several kinds beside
+      ``ground_truth``.
 
     Files are images by their suffix; which open is for :func:`dpdiff.data.check` to tell. The order is natural
     (2 before 10) and the same on every machine.
@@ -194,12 +197,26 @@ def _masks_by_name(folder: Path) -> dict[str, Path]:
 
 # A plain folder
 
+# Names of folders that hold no good images.
+_NOT_GOOD = re.compile(
+    r"ng|bad|abnormal|anomal(y|ies|ous)|defect(?![ _-]?free).*|masks|ground[ _-]?truth", re.IGNORECASE
+)
+_BESIDE_MASKS = {"train", "validation", *_GOOD_NAMES}  # what holds good images all the same
+_EXPECTED = "the folder that holds the whole data set, its splits too, or one of good images alone"
+
 
 def scan_plain(root: Path) -> Catalogue:
-    own = root.resolve().name
+    own, around = root.resolve().name, root.resolve().parent
+    beside = subfolders(around) if os.access(around, os.R_OK) else []
+    marked = _named(beside, _MASKS)  # as there is beside the test images of a category
     train = []
     for image in walk_images(root):
         inside = image.relative_to(root).parts
-        train.append(Sample(image, inside[0] if len(inside) > 1 else own))
+        if any(_NOT_GOOD.fullmatch(folder) for folder in inside[:-1]):
+            raise ValueError(f"{image.parent} seems to hold defective images or masks: expected {_EXPECTED}")
+        category = inside[0] if len(inside) > 1 else own
+        if marked and not {own.lower(), category.lower()} & _BESIDE_MASKS:
+            raise ValueError(f"{image.parent} may hold defective images, as {marked} has masks: expected {_EXPECTED}")
+        train.append(Sample(image, category))
     categories = {folder.name for folder in _empty_folders(root)} | {sample.category for sample in train}
     return Catalogue(train, [], sorted(categories, key=natural_key))

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -340,6 +341,39 @@ def test_plain_folders(tmp_path):
     assert scan(nested).categories == ["cat", "dog", "train"]
     image(nested / "loose.png")
     assert scan(nested).categories == ["cat", "dog", "nested", "train"]
+
+
+@pytest.mark.parametrize(
+    "name", ["NG", "ng", "bad", "Anomaly", "Masks", "ground_truth", "defects", "Defective", "defect_1"]
+)
+@pytest.mark.parametrize("place", ["{}", "audiojack/{}", "{}/deep"])
+def test_a_folder_of_defects_or_masks_is_not_taken_for_good_images(tmp_path, name, place):
+    image(tmp_path / "root" / "OK" / "0.png")
+    folder = image(tmp_path / "root" / place.format(name) / "0.png").parent
+    with pytest.raises(
+        ValueError, match=rf"^{folder} seems to hold defective images or masks: expected the folder that"
+    ):
+        scan(tmp_path / "root")
+
+
+def test_names_that_only_resemble_those_of_defects_are_plain(tmp_path):
+    names = ["defect-free", "defect_free", "mask", "rings", "ngk", "badge", "good", "normal"]
+    for name in names:
+        image(tmp_path / "NG" / name / "0.png")  # nor does it matter what the folder that is given is called
+    assert scan(tmp_path / "NG", need="train").categories == sorted(names)
+
+
+def test_parts_of_a_data_set_that_hold_defects_are_not_taken_for_good_images(mvtec):
+    with pytest.raises(
+        ValueError, match=rf"^{mvtec}/bottle/test/broken_large may hold .*, as {mvtec}/bottle/ground_truth"
+    ):
+        scan(mvtec / "bottle" / "test")
+    for root in ("train", "train/good", "test/good"):
+        assert scan(mvtec / "bottle" / root, need="train").train
+    lists = real_iad(mvtec, "realiad_jsons", "realiad_1024") / "realiad_jsons"
+    shutil.rmtree(lists)
+    with pytest.raises(ValueError, match="audiojack/NG/QS/S0001 seems to hold defective images"):
+        scan(mvtec / "realiad_1024")
 
 
 def test_order_is_that_of_names_not_of_the_disk(tmp_path):
