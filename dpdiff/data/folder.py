@@ -44,7 +44,7 @@ def scan(root: str | os.PathLike, layout: str = "auto", need: str | None = None)
 
     need: ``"train"`` refuses a category without training images, ``"test"`` a data set without test images, None
     only one without any image. All but ``"train"`` refuse images that lie in ``test`` itself, which nothing tells to be
-    good or defective.
+    good or defective, and a kind of defect whose masks all have other names than its images.
 
     Raises FileNotFoundError for a missing folder and ValueError for one that holds no such data set, in one line.
     """
@@ -165,11 +165,11 @@ def _test_samples(category: Path, name: str, need: str | None) -> list[Sample]:
                 images = _named(subfolders(kind), "img") or kind
                 samples += [Sample(image, name) for image in walk_images(images)]
             elif kind.name.lower() != _MASKS:  # which lies beside the kinds in MVTec AD 2
-                samples += _defects(kind, [_named(kinds, _MASKS), _named(children, _MASKS)], name)
+                samples += _defects(kind, [_named(kinds, _MASKS), _named(children, _MASKS)], name, need)
     return samples
 
 
-def _defects(kind: Path, ground_truths: list[Path | None], name: str) -> list[Sample]:
+def _defects(kind: Path, ground_truths: list[Path | None], name: str, need: str | None) -> list[Sample]:
     parts = subfolders(kind)
     images = _named(parts, "img")
     if images:
@@ -182,6 +182,9 @@ def _defects(kind: Path, ground_truths: list[Path | None], name: str) -> list[Sa
     for image in walk_images(images):
         stem = image.relative_to(images).with_suffix("").as_posix()
         samples.append(Sample(image, name, kind.name, 1, found.get(f"{stem}_mask") or found.get(stem)))
+    if found and samples and need != "train" and not any(sample.mask for sample in samples):
+        mask = next(iter(found.values()))
+        raise ValueError(f"mask {mask} matches no image in {images}: expected a name like {stem}_mask.* or {stem}.*")
     return samples
 
 

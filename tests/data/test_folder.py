@@ -442,6 +442,18 @@ def test_link_back_makes_no_categories(mvtec):
     assert len(found.train) == 6
 
 
+@pytest.mark.parametrize("need", ["test", None])
+def test_masks_that_fit_no_image_of_their_kind_are_named(mvtec, need):
+    marked = mvtec / "screw" / "ground_truth" / "broken_large" / "000_mask.png"
+    other = marked.rename(marked.with_name("000_gt.png"))
+    expected = r"broken_large: expected a name like 000_mask\.\* or 000\.\*$"
+    with pytest.raises(ValueError, match=rf"^mask {other} matches no image in .*/screw/test/{expected}"):
+        scan(mvtec, need=need)
+    assert len(scan(mvtec, need="train").train) == 6
+    mask(marked)  # one that fits is enough: `check` tells which images lack one
+    assert scan(mvtec, need=need).test
+
+
 def test_what_is_no_data_set_is_refused_in_one_line(tmp_path):
     with pytest.raises(FileNotFoundError, match="does not exist"):
         scan(tmp_path / "nowhere")
