@@ -20,6 +20,7 @@ from dpdiff.data.samples import Sample, walk_images
 _ORIENTATION = ExifTags.Base.Orientation
 _QUARTER_TURNS = (5, 6, 7, 8)
 _PNG_METADATA = (b"eXIf", b"XML:com.adobe.xmp", b"Raw profile type exif")  # where Pillow looks for an orientation
+_OTHER_COLOURS = ("CMYK", "YCbCr")  # in which black isn't zero
 _JPEG_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # any but those within pixel data, and padding
 
 
@@ -67,9 +68,10 @@ def _unit_range(pixels: np.ndarray) -> np.ndarray:
 
 
 def load_mask(path: str | os.PathLike, size: int | None = None) -> Tensor:
-    """Read a mask as bool (H, W): true where the file, or any file of the folder ``path``, is not zero.
+    """Read a mask as bool (H, W): true where the file, or any file of the folder ``path``, is not black.
 
-    size: resize to (size, size), nearest. JPEG files, whose compression blurs zeros, count from half of white on.
+    size: resize to (size, size), nearest. JPEG files, whose compression blurs black, count from half of white on. In a
+    palette that is black throughout, every entry but the first is a mark.
 
     Raises ValueError with the path for a file that cannot be read.
     """
@@ -86,7 +88,11 @@ def _mask_files(path: Path) -> list[Path]:
 def _read_mask(path: Path) -> np.ndarray:
     try:
         with Image.open(path) as image:
-            marked = np.asarray(ImageOps.exif_transpose(image)) > (127 if image.format == "JPEG" else 0)
+            least = 127 if image.format == "JPEG" else 0
+            image = ImageOps.exif_transpose(image)
+            if image.mode in _OTHER_COLOURS or (image.mode in ("P", "PA") and any(image.getpalette())):
+                image = image.convert("RGB")
+            marked = np.asarray(image) > least
             if marked.ndim == 3:  # colour: any but black, however opaque
                 marked = marked[..., : 1 if image.mode == "LA" else 3].any(axis=-1)
             return marked
