@@ -258,6 +258,18 @@ def test_damaged_files_are_skipped_by_choice(tmp_path):
         check(samples, on_error="ignore")
 
 
+@pytest.mark.parametrize("worst", [1020.0, -1.0, float("nan"), 70_000])
+def test_values_out_of_range_are_found(tmp_path, worst):
+    values = np.zeros((5, 7), np.int32 if type(worst) is int else np.float32)
+    good = Sample(save(tmp_path / "good.tif", values), "c")
+    values[2, 3] = worst
+    bad = Sample(save(tmp_path / "bad.tif", values), "c")
+    usable, problems = check([good, bad], on_error="skip")
+    assert usable == [good] and "bad.tif: its values run from" in problems[0]
+    marked = Sample(good.image, "c", "bad", 1, bad.image)  # of a mask any value will do
+    assert check([marked])[1] == []
+
+
 def test_whole_files_pass_in_every_format(tmp_path):
     files = [noise(tmp_path / f"x.{s}") for s in ("png", "jpg", "bmp", "tif", "webp", "gif", "ppm")]
     (tmp_path / "x.jpg").write_bytes((tmp_path / "x.jpg").read_bytes() + b"\0" * 100)  # cameras pad
