@@ -99,13 +99,18 @@ def expect(arguments: dict[str, Any], name: str, fits: bool, expected: str) -> N
         raise ValueError(f"{name} is {arguments[name]!r}: expected {expected}")
 
 
+def is_int(value: Any) -> bool:
+    """Not a bool, which passes for an int but is none that anybody means."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def check_arguments(arguments: dict[str, Any], positive: Iterable[str]) -> None:
     """Checks what the models' constructors have in common: `backbone`, `timestep`, and the positive ints."""
     expect(arguments, "backbone", isinstance(arguments["backbone"], str), "the name of a timm model")
     for name in positive:
-        expect(arguments, name, isinstance(arguments[name], int) and arguments[name] >= 1, "a positive int")
+        expect(arguments, name, is_int(arguments[name]) and arguments[name] >= 1, "a positive int")
     timestep, last = arguments["timestep"], arguments["n_timesteps"] - 1
-    fits = isinstance(timestep, int) and 0 <= timestep <= last
+    fits = is_int(timestep) and 0 <= timestep <= last
     expect(arguments, "timestep", fits, f"0 to n_timesteps - 1 ({last})")
 
 

@@ -214,6 +214,8 @@ def test_the_first_epoch_is_kept_for_scores_that_need_it(make, products, tmp_pat
         dict(hidden=0),
         dict(inference="ddim"),
         dict(n_timesteps=3),
+        dict(hidden=True),
+        dict(n_timesteps=True),
         dict(backbone=5),
     ],
 )
