@@ -82,6 +82,14 @@ class Detector(nn.Module):
     def calibrate(self, batches: Iterable[Tensor]) -> None:
         """Sets what depends on the trained weights, from the features (B, ...) of normal images."""
 
+    def _checked(self, images: Tensor) -> Tensor:
+        """Images as float32, if these and the model are fit for `predict`."""
+        check_images(images)
+        dtype = next(self.parameters()).dtype
+        if dtype != torch.float32:
+            raise TypeError(f"the model is {dtype}: expected torch.float32; to predict faster, use torch.autocast")
+        return images.float()
+
     def _resize(self, images: Tensor) -> Tensor:
         size = [self.image_size, self.image_size]
         return images if list(images.shape[-2:]) == size else TF.resize(images, size, antialias=True)

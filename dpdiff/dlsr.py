@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dpdiff.backbones import DEFAULT_BACKBONE, Backbone
 from dpdiff.denoiser import TimestepEmbedding
-from dpdiff.detector import BatchesOf, Detector, Prediction, check_arguments, check_images, expect, is_int, spread
+from dpdiff.detector import BatchesOf, Detector, Prediction, check_arguments, expect, is_int, spread
 from dpdiff.diffusion import Diffusion
 from dpdiff.draws import Draws
 
@@ -149,13 +149,13 @@ class DLSR(Detector):
     def predict(self, images: Tensor) -> Prediction:
         """images (B, 3, H, W) float in [0, 1] -> `Prediction` with scores (B,), without maps.
 
-        Deterministic, and independent of what else is in the batch.
+        Deterministic, and independent of what else is in the batch. The model stays float32; `torch.autocast` is for
+        less precision.
 
         Raises:
-            TypeError, ValueError: images of another type, shape or range.
+            TypeError, ValueError: images of another type, shape or range; a model turned into another type.
         """
-        check_images(images)
-        return Prediction(self.score(self.features(images.to(self.noise.dtype))), None)
+        return Prediction(self.score(self.features(self._checked(images))), None)
 
     def _error(self, denoiser: nn.Module, features: Tensor, kind: str = "mse") -> Tensor:
         config = self.config

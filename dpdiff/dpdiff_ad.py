@@ -14,7 +14,7 @@ from torchvision.transforms.v2 import functional as TF
 from dpdiff.backbones import DEFAULT_BACKBONE, Backbone
 from dpdiff.calibration import NormalErrors
 from dpdiff.denoiser import Denoiser
-from dpdiff.detector import BatchesOf, Detector, Prediction, check_arguments, check_images, expect, is_int, spread
+from dpdiff.detector import BatchesOf, Detector, Prediction, check_arguments, expect, is_int, spread
 from dpdiff.diffusion import Diffusion
 from dpdiff.draws import Draws
 from dpdiff.prototypes import GlobalPrototypes, LocalPrototypes
@@ -195,13 +195,13 @@ class DPDiffAD(Detector):
     def predict(self, images: Tensor) -> Prediction:
         """images (B, 3, H, W) float in [0, 1] -> `Prediction` with scores (B,) and maps (B, H, W).
 
-        Deterministic, and independent of what else is in the batch.
+        Deterministic, and independent of what else is in the batch. The model stays float32; `torch.autocast` is for
+        less precision.
 
         Raises:
-            TypeError, ValueError: images of another type, shape or range.
+            TypeError, ValueError: images of another type, shape or range; a model turned into another type.
         """
-        check_images(images)
-        tokens = self.tokenize(images.to(self.noise.dtype)).float()
+        tokens = self.tokenize(self._checked(images)).float()
         maps = self._map(tokens).unflatten(-1, self.tokenizer.grid).unsqueeze(1)
         size = [max(1, self.image_size // _MAP_REDUCTION)] * 2
         maps = F.interpolate(maps, size=size, mode="bilinear", align_corners=False)

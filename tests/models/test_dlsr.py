@@ -231,3 +231,8 @@ def test_arguments_out_of_range(make, options):
 def test_images_that_are_none(make, images):
     with pytest.raises((TypeError, ValueError), match="images"):
         make().predict(images)
+
+
+def test_a_model_of_another_type_is_refused(make):
+    with pytest.raises(TypeError, match=r"^the model is torch\.float16: expected torch\.float32; "):
+        make().half().predict(torch.zeros(1, 3, 8, 8))

@@ -63,6 +63,20 @@ def test_models_of_the_smallest_images(tiny, image_size):
     assert out.maps.shape == (2, 5, 6) and out.maps.isfinite().all() and out.scores.isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_model_of_another_type_is_refused(tiny, dtype):
+    with pytest.raises(TypeError, match=rf"^the model is {dtype}: expected torch.float32; .* torch.autocast$"):
+        tiny().to(dtype).predict(torch.rand(1, 3, 64, 64, dtype=dtype))
+
+
+def test_autocast_changes_predictions_but_little(model, images):
+    expected = model.predict(images[:4])
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model.predict(images[:4])
+    assert out.scores.dtype == out.maps.dtype == torch.float32
+    torch.testing.assert_close(out.scores, expected.scores, rtol=0.2, atol=0)
+
+
 def test_no_images_have_no_scores_and_no_maps(tiny, images):
     for options in (dict(), dict(patch_size=3, n_steps=2), dict(route="all"), dict(backbone="test_vit")):
         out = prepared(tiny(**options), images).predict(torch.rand(0, 3, 64, 50))
