@@ -129,6 +129,8 @@ def check_images(images: Tensor) -> None:
         raise TypeError(f"images is {given}: expected a float tensor in [0, 1]")
     if images.dim() != 4 or images.shape[1] != 3:
         raise ValueError(f"images has shape {tuple(images.shape)}: expected (B, 3, H, W)")
+    if 0 in images.shape[2:]:
+        raise ValueError(f"images has shape {tuple(images.shape)}: expected a height and width of at least 1")
     if images.numel() and not torch.compiler.is_compiling():
         low, high = (x.item() for x in images.aminmax())
         if not (low >= -_ROUNDING and high <= 1 + _ROUNDING):  # NaN fails it too

@@ -109,6 +109,12 @@ def test_images_of_any_float_type_and_layout(model, images):
     [
         (torch.rand(3, 64, 64), ValueError, r"images has shape \(3, 64, 64\): expected \(B, 3, H, W\)"),
         (torch.rand(1, 1, 64, 64), ValueError, r"images has shape \(1, 1, 64, 64\)"),
+        (
+            torch.rand(1, 3, 0, 64),
+            ValueError,
+            r"images has shape \(1, 3, 0, 64\): expected a height and width of at least",
+        ),
+        (torch.rand(0, 3, 64, 0), ValueError, r"images has shape \(0, 3, 64, 0\): expected a height and width"),
         (torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8), TypeError, r"images is torch.uint8: expected"),
         ([[0.0]], TypeError, r"images is list"),
         (255 * torch.rand(1, 3, 64, 64), ValueError, r"images .*expected .*\[0, 1\]"),
