@@ -22,7 +22,12 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
 
         with atomic_write("scores.csv") as tmp:
             tmp.write_text(...)
+
+    A device or pipe, such as /dev/stdout, has no old content to keep and mustn't be replaced: it is yielded itself.
     """
+    if os.path.exists(path) and not os.path.isfile(path):
+        yield Path(path)
+        return
     path = Path(os.path.realpath(path))  # through a symbolic link: its target is replaced, not the link
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f".{secrets.token_hex(8)}{path.suffix}")

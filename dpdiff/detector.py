@@ -82,6 +82,14 @@ class Detector(nn.Module):
     def calibrate(self, batches: Iterable[Tensor]) -> None:
         """Sets what depends on the trained weights, from the features (B, ...) of normal images."""
 
+    def _checked(self, images: Tensor) -> Tensor:
+        """Images as float32, if these and the model are fit for `predict`."""
+        check_images(images)
+        dtype = next(self.parameters()).dtype
+        if dtype != torch.float32:
+            raise TypeError(f"the model is {dtype}: expected torch.float32; to predict faster, use torch.autocast")
+        return images.float()
+
     def _resize(self, images: Tensor) -> Tensor:
         size = [self.image_size, self.image_size]
         return images if list(images.shape[-2:]) == size else TF.resize(images, size, antialias=True)
@@ -99,13 +107,18 @@ def expect(arguments: dict[str, Any], name: str, fits: bool, expected: str) -> N
         raise ValueError(f"{name} is {arguments[name]!r}: expected {expected}")
 
 
+def is_int(value: Any) -> bool:
+    """Not a bool, which passes for an int but is none that anybody means."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def check_arguments(arguments: dict[str, Any], positive: Iterable[str]) -> None:
     """Checks what the models' constructors have in common: `backbone`, `timestep`, and the positive ints."""
     expect(arguments, "backbone", isinstance(arguments["backbone"], str), "the name of a timm model")
     for name in positive:
-        expect(arguments, name, isinstance(arguments[name], int) and arguments[name] >= 1, "a positive int")
+        expect(arguments, name, is_int(arguments[name]) and arguments[name] >= 1, "a positive int")
     timestep, last = arguments["timestep"], arguments["n_timesteps"] - 1
-    fits = isinstance(timestep, int) and 0 <= timestep <= last
+    fits = is_int(timestep) and 0 <= timestep <= last
     expect(arguments, "timestep", fits, f"0 to n_timesteps - 1 ({last})")
 
 
@@ -116,6 +129,8 @@ def check_images(images: Tensor) -> None:
         raise TypeError(f"images is {given}: expected a float tensor in [0, 1]")
     if images.dim() != 4 or images.shape[1] != 3:
         raise ValueError(f"images has shape {tuple(images.shape)}: expected (B, 3, H, W)")
+    if 0 in images.shape[2:]:
+        raise ValueError(f"images has shape {tuple(images.shape)}: expected a height and width of at least 1")
     if images.numel() and not torch.compiler.is_compiling():
         low, high = (x.item() for x in images.aminmax())
         if not (low >= -_ROUNDING and high <= 1 + _ROUNDING):  # NaN fails it too

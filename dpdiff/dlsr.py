@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dpdiff.backbones import DEFAULT_BACKBONE, Backbone
 from dpdiff.denoiser import TimestepEmbedding
-from dpdiff.detector import BatchesOf, Detector, Prediction, check_arguments, check_images, expect, spread
+from dpdiff.detector import BatchesOf, Detector, Prediction, check_arguments, expect, is_int, spread
 from dpdiff.diffusion import Diffusion
 from dpdiff.draws import Draws
 
@@ -149,13 +149,13 @@ class DLSR(Detector):
     def predict(self, images: Tensor) -> Prediction:
         """images (B, 3, H, W) float in [0, 1] -> `Prediction` with scores (B,), without maps.
 
-        Deterministic, and independent of what else is in the batch.
+        Deterministic, and independent of what else is in the batch. The model stays float32; `torch.autocast` is for
+        less precision.
 
         Raises:
-            TypeError, ValueError: images of another type, shape or range.
+            TypeError, ValueError: images of another type, shape or range; a model turned into another type.
         """
-        check_images(images)
-        return Prediction(self.score(self.features(images.to(self.noise.dtype))), None)
+        return Prediction(self.score(self.features(self._checked(images))), None)
 
     def _error(self, denoiser: nn.Module, features: Tensor, kind: str = "mse") -> Tensor:
         config = self.config
@@ -213,11 +213,11 @@ class VectorBlock(nn.Module):
 
 def _check_arguments(arguments: dict[str, Any]) -> None:
     check = partial(expect, arguments)
-    fits = isinstance(arguments["n_timesteps"], int) and arguments["n_timesteps"] > _PAPER_STEPS
+    fits = is_int(arguments["n_timesteps"]) and arguments["n_timesteps"] > _PAPER_STEPS
     check("n_timesteps", fits, f"an int above {_PAPER_STEPS}")
     check_arguments(arguments, ("image_size", "depth", "n_steps", "n_samples"))
     hidden = 1 if arguments["hidden"] is None else arguments["hidden"]
-    check("hidden", isinstance(hidden, int) and hidden >= 1, "a positive int or None")
+    check("hidden", is_int(hidden) and hidden >= 1, "a positive int or None")
     check("score", arguments["score"] in SCORES, f"one of {', '.join(SCORES)}")
     check("inference", arguments["inference"] in INFERENCES, f"one of {', '.join(INFERENCES)}")
     most = arguments["timestep"] + 1

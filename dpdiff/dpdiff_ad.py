@@ -14,7 +14,7 @@ from torchvision.transforms.v2 import functional as TF
 from dpdiff.backbones import DEFAULT_BACKBONE, Backbone
 from dpdiff.calibration import NormalErrors
 from dpdiff.denoiser import Denoiser
-from dpdiff.detector import BatchesOf, Detector, Prediction, check_arguments, check_images, expect, spread
+from dpdiff.detector import BatchesOf, Detector, Prediction, check_arguments, expect, is_int, spread
 from dpdiff.diffusion import Diffusion
 from dpdiff.draws import Draws
 from dpdiff.prototypes import GlobalPrototypes, LocalPrototypes
@@ -201,15 +201,15 @@ class DPDiffAD(Detector):
     def predict(self, images: Tensor) -> Prediction:
         """images (B, 3, H, W) float in [0, 1] -> `Prediction` with scores (B,) and maps (B, H, W).
 
-        Deterministic, and independent of what else is in the batch.
+        Deterministic, and independent of what else is in the batch. The model stays float32; `torch.autocast` is for
+        less precision.
 
         Raises:
-            TypeError, ValueError: images of another type, shape or range.
+            TypeError, ValueError: images of another type, shape or range; a model turned into another type.
         """
-        check_images(images)
-        tokens = self.tokenize(images.to(self.noise.dtype)).float()
+        tokens = self.tokenize(self._checked(images)).float()
         maps = self._map(tokens).unflatten(-1, self.tokenizer.grid).unsqueeze(1)
-        size = [self.image_size // _MAP_REDUCTION] * 2
+        size = [max(1, self.image_size // _MAP_REDUCTION)] * 2
         maps = F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
         # 2 pixels of a 256-pixel image for scores, that small defects count; 8 for maps.
         flat = _blur(maps, sigma=size[0] / 128).flatten(1)
@@ -264,20 +264,20 @@ def _check_arguments(arguments: dict[str, Any]) -> None:
     check("dim", arguments["dim"] % num_heads == 0, f"a multiple of num_heads ({num_heads})")
     check("k", arguments["k"] <= n_local, f"at most n_local ({n_local})")
     route = arguments["route"]
-    check("route", route == "all" or (isinstance(route, int) and route >= 1), 'a positive int or "all"')
+    check("route", route == "all" or (is_int(route) and route >= 1), 'a positive int or "all"')
     temperature, ot_weight, local_weight = (arguments[name] for name in ("temperature", "ot_weight", "local_weight"))
     check("temperature", _is_finite(temperature) and temperature > 0, "a positive finite number")
     check("ot_weight", _is_finite(ot_weight) and ot_weight >= 0, "a finite number, 0 or more")
     check("local_weight", _is_finite(local_weight) and 0 <= local_weight <= 1, "0 to 1")
     timestep, least = arguments["timestep"], arguments["min_timestep"]
-    check("min_timestep", isinstance(least, int) and 0 <= least <= timestep, f"0 to timestep ({timestep})")
+    check("min_timestep", is_int(least) and 0 <= least <= timestep, f"0 to timestep ({timestep})")
     most = timestep - least + 1
     check("n_steps", arguments["n_steps"] <= most, f"at most timestep - min_timestep + 1 ({most})")
     check("n_steps", arguments["diffusion"] or arguments["n_steps"] == 1, "1 without diffusion")
 
 
 def _is_finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
+    return (is_int(value) or isinstance(value, float)) and math.isfinite(value)
 
 
 def _blur(maps: Tensor, sigma: float) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from rich import box
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
@@ -95,7 +96,7 @@ class Results:
             return (f"{100 * figures[name]:.1f}" if name in figures else "-" for name in mean)
 
         for name, category in self.categories.items():
-            table.add_row(name, str(len(category.scores)), *percent(category.figures))
+            table.add_row(Text(name), str(len(category.scores)), *percent(category.figures))
         table.add_section()
         total = sum(len(c.scores) for c in self.categories.values())
         table.add_row("mean", str(total), *percent(mean), style="bold")

@@ -11,6 +11,7 @@ from itertools import chain, islice
 import numpy as np
 from rich import box
 from rich.table import Table
+from rich.text import Text
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -53,7 +54,8 @@ class OODResults:
         for heading in ("n", *FIGURE_NAMES.values()):
             table.add_column(heading, justify="right", no_wrap=True)
         for name, figures in found["out_sets"].items():
-            table.add_row(name, str(len(self.outside[name])), *(f"{100 * figures[key]:.2f}" for key in OOD_FIGURES))
+            shown = (f"{100 * figures[key]:.2f}" for key in OOD_FIGURES)
+            table.add_row(Text(name), str(len(self.outside[name])), *shown)
         table.add_section()
         total = sum(map(len, self.outside.values()))
         table.add_row("mean", str(total), *(f"{100 * found['mean'][key]:.2f}" for key in OOD_FIGURES), style="bold")

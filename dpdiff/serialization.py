@@ -28,11 +28,8 @@ def load(path: str | os.PathLike, device: torch.device | str = "cpu") -> nn.Modu
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: damaged, or not a dpdiff model.
+        ValueError: a folder, damaged, or not a dpdiff model.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"weights file {path} does not exist")
     header = read_header(path)
     classes = _classes()
     if header["model"] not in classes:
@@ -54,7 +51,12 @@ def load(path: str | os.PathLike, device: torch.device | str = "cpu") -> nn.Modu
 
 
 def read_header(path: str | os.PathLike) -> dict:
-    """The class, configuration and version in a weights file, without reading its weights."""
+    """The class, configuration and version in a weights file, without reading its weights. Raises as `load` does."""
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: expected a weights file such as {path / 'model.safetensors'}")
+    if not path.is_file():
+        raise FileNotFoundError(f"weights file {path} does not exist")
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads(file.metadata()[_KEY])

@@ -162,8 +162,8 @@ def train(
 
     Args:
         samples: the normal images; their categories are not used.
-        out: folder. Besides the weights it gets `last.ckpt` (what resuming needs), `metrics.csv` (the losses) and
-            `features` (what the model needs of the backbone's feature maps).
+        out: folder. Besides the weights it gets `last.ckpt` (what resuming needs, from `checkpoint_interval` steps on),
+            `metrics.csv` (the losses) and `features` (what the model needs of the backbone's feature maps).
         features: of the samples, in their order, where they are known already.
         max_steps: optimiser steps; the model's own (`model.training_options`) when None, and so for the next ones.
             batch_size: images at a time on a device. accumulate: batches per step. lr: AdamW's peak learning rate,
@@ -238,7 +238,7 @@ def train(
             logger=CSVLogger(out, name=None, version=""),
             enable_progress_bar=show,
             enable_model_summary=False,
-            log_every_n_steps=10,
+            log_every_n_steps=min(10, max_steps),
             plugins=[_WholeCheckpoints()],
         )
         model.train()

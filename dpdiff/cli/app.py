@@ -27,6 +27,7 @@ TERMINATED = 143  # by SIGTERM, which `train` is told of
 
 # What the system refuses because of what was asked for; anything else (a full disk, a broken one) is nobody's input.
 _USERS_FILES = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
+_USERS_NAMES = (errno.ENAMETOOLONG, errno.ELOOP)
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _UsageError = typer.BadParameter.__base__  # click's; newer typers bring it along under another name
 
@@ -105,7 +106,8 @@ def _explain(error: Exception) -> tuple[str, int]:
         if error.errno is None:  # raised by dpdiff itself
             return text, USER_ERROR
         message = f"{error.strerror}: {error.filename}" if error.filename else text
-        return message, USER_ERROR if isinstance(error, _USERS_FILES) else FAILURE
+        users = isinstance(error, _USERS_FILES) or error.errno in _USERS_NAMES
+        return message, USER_ERROR if users else FAILURE
     if isinstance(error, ValueError) and _raised_by_dpdiff(error):
         return text, USER_ERROR
     reason = next(line for line in text.splitlines() if line.strip())

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -81,14 +81,14 @@ def evaluate(
 
     dataset = AnomalyDataset(samples, detector.image_size, categories)
     results = evaluation.evaluate(detector, dataset, batch_size=batch_size, num_workers=workers)
-    _print_table(results.table())
-    _save_figures(results, json)
+    if json is not None:
+        results.save_json(json)
     if report is not None:
         from dpdiff.report import write_report
 
         details = {"weights": weights, "data": data, **detector.config}
         write_report(results, report, title=f"{type(detector).__name__} on {Path(data).name}", details=details)
-        print(f"Report: {report}")
+    _show(results.table(), Figures=json, Report=report)
 
 
 def _evaluate_ood(
@@ -109,18 +109,17 @@ def _evaluate_ood(
     inside, *outside = (usable(ood.normal_images(read_catalogue(d)), on_corrupt) for d in (data, *out_data))
     named = dict(zip(out_data, outside))
     results = ood.evaluate_ood(detector, inside, named, batch_size=batch_size, num_workers=workers)
+    if json is not None:
+        results.save_json(json)
     print(f"{type(detector).__name__}: {len(results.inside):,} images in distribution, {data}")
-    _print_table(results.table())
-    _save_figures(results, json)
+    _show(results.table(), Figures=json)
 
 
-def _print_table(table: Table) -> None:
+def _show(table: Table, **files: Path | None) -> None:
+    """After the files are written: what can't be shown is in them then."""
     from rich.console import Console
 
     Console(width=None if sys.stdout.isatty() else 120).print(table)  # a file has room for whole names
-
-
-def _save_figures(results: Any, json: Path | None) -> None:
-    if json is not None:
-        results.save_json(json)
-        print(f"Figures: {json}")
+    for what, file in files.items():
+        if file is not None:
+            print(f"{what}: {file}")

@@ -22,8 +22,6 @@ def info(
     Example: `dpdiff info --weights runs/mvtec/model.safetensors`
     """
     if weights is not None:
-        if not weights.is_file():
-            raise FileNotFoundError(f"weights file {weights} does not exist")
         from dpdiff.serialization import read_header
 
         print(json.dumps(read_header(weights), indent=2))

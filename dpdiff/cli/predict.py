@@ -88,11 +88,11 @@ def find_images(given: Sequence[Path], out: Path) -> tuple[list[Path], dict[Path
         if not path.exists():
             raise FileNotFoundError(f"image or folder {path} does not exist")
         tops.append(os.path.abspath(path if path.is_dir() else path.parent))
-        if path.is_dir() and path.resolve() == out.resolve():
+        if path.is_dir() and _real(path) == _real(out):
             raise ValueError(f"--out {out} is the folder of the images: expected another one")
         found = list(walk_images(path)) if path.is_dir() else [path]
-        if path.is_dir() and out.resolve().is_relative_to(path.resolve()):
-            found = [image for image in found if not image.resolve().is_relative_to(out.resolve())]
+        if path.is_dir() and _real(out).is_relative_to(_real(path)):
+            found = [image for image in found if not _real(image).is_relative_to(_real(out))]
         if not found:
             raise ValueError(f"folder {path} holds no image")
         for image in found:
@@ -103,11 +103,16 @@ def find_images(given: Sequence[Path], out: Path) -> tuple[list[Path], dict[Path
     short = {path: name.with_suffix(".png") for path, name in names.items()}
     if len(set(short.values())) < len(short):
         short = {path: name.with_name(f"{name.name}.png") for path, name in names.items()}
-    sources = {path.resolve(): path for path in paths.values()}
+    sources = {_real(path): path for path in paths.values()}
     for name in short.values():
-        if (out / name).resolve() in sources:
+        if _real(out / name) in sources:
             raise ValueError(f"--out {out}: a heat map would replace the image {out / name}; expected another folder")
     return list(paths.values()), short
+
+
+def _real(path: Path) -> Path:
+    """`Path.resolve`, but of a link to itself too."""
+    return Path(os.path.realpath(path))
 
 
 def _write_heat_map(file: Path, path: str, map: Tensor) -> None:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
 from dpdiff.data.listed import is_real_iad, is_visa, scan_real_iad, scan_visa
 from dpdiff.data.samples import Catalogue, Sample, natural_key, subfolders, walk_images
 
+# Names of folders are known in whatever case they are written.
 _GOOD_NAMES = {"good", "ok", "normal"}
 _TEST_NAMES = ("test", "test_public")  # the second is MVTec AD 2's; its private tests come without labels
+_MASKS = "ground_truth"
 _DEPTH = 3  # of a category below the root, at most: <category>, VisA_pytorch/1cls/<category>, MANTA/<domain>/<category>
 
 
@@ -24,20 +28,23 @@ def scan(root: str | os.PathLike, layout: str = "auto", need: str | None = None)
       below, or ``root`` is one itself. Known too: good images called ok or normal (BTAD), a mask ``<name>.*`` (VisA
       converted, BTAD, MANTA), a folder of masks ``<name>/*`` (MVTec LOCO), ``test_public/<kind>/*`` with
       ``test_public/ground_truth/<kind>/*`` (MVTec AD 2), and ``<kind>/img/*`` with ``<kind>/label/*`` (BMAD).
-      Images that lie in ``train`` itself, beside ``test``, are good. ``validation`` folders are not used.
+      Images that lie in ``train`` itself, beside ``test``, are good. ``validation`` folders are not used. Whether
+      these names are written in capitals or not makes no difference.
     - ``"visa"``: VisA as published, ``split_csv/1cls.csv`` and the files it names.
     - ``"real-iad"``: Real-IAD and Real-IAD Variety as published, one JSON file per category and the images of one
       resolution (the largest there is). A view of a defective object in which no defect is marked counts as good, as
       in the published figures.
     - ``"plain"``: good images only, nested or flat. Each first-level folder is a category, but for one that holds other
-      files only; images that lie in ``root`` itself make up a category of its name.
+      files only; images that lie in ``root`` itself make up a category of its name. A folder named as those of
+      defects and masks are (NG, Anomaly, Masks, ...) is refused, and so is one of several kinds beside
+      ``ground_truth``.
 
     Files are images by their suffix; which open is for :func:`dpdiff.data.check` to tell. The order is natural
     (2 before 10) and the same on every machine.
 
     need: ``"train"`` refuses a category without training images, ``"test"`` a data set without test images, None
     only one without any image. All but ``"train"`` refuse images that lie in ``test`` itself, which nothing tells to be
-    good or defective.
+    good or defective, and a kind of defect whose masks all have other names than its images.
 
     Raises FileNotFoundError for a missing folder and ValueError for one that holds no such data set, in one line.
     """
@@ -107,14 +114,14 @@ def _find_categories(folder: Path, depth: int) -> list[Path]:
 
     One of these two alone, without kinds, may be a class of images.
     """
-    children = {child.name: child for child in subfolders(folder)}
-    tests = [children[name] for name in _TEST_NAMES if name in children]
-    split = "train" in children and (tests or any(_is_good(kind) for kind in subfolders(children["train"])))
+    children = subfolders(folder)
+    tests, train = _tests(children), _named(children, "train")
+    split = train and (tests or any(_is_good(kind) for kind in subfolders(train)))
     if split or any(subfolders(test) for test in tests):
         return [folder]
     if depth == 0:
         return []
-    return [found for child in children.values() for found in _find_categories(child, depth - 1)]
+    return [found for child in children for found in _find_categories(child, depth - 1)]
 
 
 def _empty_folders(parent: Path) -> list[Path]:
@@ -122,13 +129,23 @@ def _empty_folders(parent: Path) -> list[Path]:
     return [folder for folder in subfolders(parent) if not any(files for _, _, files in os.walk(folder))]
 
 
+def _named(folders: Iterable[Path], name: str) -> Path | None:
+    """The one of this name, in its own case if there is such."""
+    same = [folder for folder in folders if folder.name.lower() == name.lower()]
+    return min(same, key=lambda folder: folder.name != name, default=None)
+
+
+def _tests(children: list[Path]) -> list[Path]:
+    return [test for name in _TEST_NAMES if (test := _named(children, name))]
+
+
 def _is_good(kind: Path) -> bool:
     return kind.name.lower() in _GOOD_NAMES
 
 
 def _training_images(category: Path) -> list[Path]:
-    train = category / "train"
-    if not train.is_dir():
+    train = _named(subfolders(category), "train")
+    if not train:
         return []
     kinds = subfolders(train)
     folders = [kind for kind in kinds if _is_good(kind)] if kinds else [train]
@@ -137,40 +154,42 @@ def _training_images(category: Path) -> list[Path]:
 
 def _test_samples(category: Path, name: str, need: str | None) -> list[Sample]:
     samples = []
-    for test in (category / t for t in _TEST_NAMES):
-        if not test.is_dir():
-            continue
+    children = subfolders(category)
+    for test in _tests(children):
         kinds = subfolders(test)
         if not kinds and need != "train" and any(walk_images(test)):
             expected = f"{test.name}/good/* and {test.name}/<kind>/*"
             raise ValueError(f"images lie loose in {test}: expected {expected}; if all are good, give {test} alone")
         for kind in kinds:
             if _is_good(kind):
-                images = kind / "img" if (kind / "img").is_dir() else kind
+                images = _named(subfolders(kind), "img") or kind
                 samples += [Sample(image, name) for image in walk_images(images)]
-            elif kind.name != "ground_truth":  # which lies beside the kinds in MVTec AD 2
-                samples += _defects(category, test, kind, name)
+            elif kind.name.lower() != _MASKS:  # which lies beside the kinds in MVTec AD 2
+                samples += _defects(kind, [_named(kinds, _MASKS), _named(children, _MASKS)], name, need)
     return samples
 
 
-def _defects(category: Path, test: Path, kind: Path, name: str) -> list[Sample]:
-    images, masks = kind, category / "ground_truth" / kind.name
-    if (kind / "img").is_dir():
-        images, masks = kind / "img", kind / "label"
-    elif (test / "ground_truth" / kind.name).is_dir():
-        masks = test / "ground_truth" / kind.name
-    found = _masks_by_name(masks)
+def _defects(kind: Path, ground_truths: list[Path | None], name: str, need: str | None) -> list[Sample]:
+    parts = subfolders(kind)
+    images = _named(parts, "img")
+    if images:
+        masks = _named(parts, "label")
+    else:
+        images = kind
+        masks = next((m for g in ground_truths if g and (m := _named(subfolders(g), kind.name))), None)
+    found = _masks_by_name(masks) if masks else {}
     samples = []
     for image in walk_images(images):
         stem = image.relative_to(images).with_suffix("").as_posix()
         samples.append(Sample(image, name, kind.name, 1, found.get(f"{stem}_mask") or found.get(stem)))
+    if found and samples and need != "train" and not any(sample.mask for sample in samples):
+        mask = next(iter(found.values()))
+        raise ValueError(f"mask {mask} matches no image in {images}: expected a name like {stem}_mask.* or {stem}.*")
     return samples
 
 
 def _masks_by_name(folder: Path) -> dict[str, Path]:
     """Masks by their path without suffix; by that of their folder too, whose masks then are one (MVTec LOCO)."""
-    if not folder.is_dir():
-        return {}
     found = {}
     for mask in walk_images(folder):
         found[mask.relative_to(folder).with_suffix("").as_posix()] = mask
@@ -181,12 +200,26 @@ def _masks_by_name(folder: Path) -> dict[str, Path]:
 
 # A plain folder
 
+# Names of folders that hold no good images.
+_NOT_GOOD = re.compile(
+    r"ng|bad|abnormal|anomal(y|ies|ous)|defect(?![ _-]?free).*|masks|ground[ _-]?truth", re.IGNORECASE
+)
+_BESIDE_MASKS = {"train", "validation", *_GOOD_NAMES}  # what holds good images all the same
+_EXPECTED = "the folder that holds the whole data set, its splits too, or one of good images alone"
+
 
 def scan_plain(root: Path) -> Catalogue:
-    own = root.resolve().name
+    own, around = root.resolve().name, root.resolve().parent
+    beside = subfolders(around) if os.access(around, os.R_OK) else []
+    marked = _named(beside, _MASKS)  # as there is beside the test images of a category
     train = []
     for image in walk_images(root):
         inside = image.relative_to(root).parts
-        train.append(Sample(image, inside[0] if len(inside) > 1 else own))
+        if any(_NOT_GOOD.fullmatch(folder) for folder in inside[:-1]):
+            raise ValueError(f"{image.parent} seems to hold defective images or masks: expected {_EXPECTED}")
+        category = inside[0] if len(inside) > 1 else own
+        if marked and not {own.lower(), category.lower()} & _BESIDE_MASKS:
+            raise ValueError(f"{image.parent} may hold defective images, as {marked} has masks: expected {_EXPECTED}")
+        train.append(Sample(image, category))
     categories = {folder.name for folder in _empty_folders(root)} | {sample.category for sample in train}
     return Catalogue(train, [], sorted(categories, key=natural_key))

@@ -20,6 +20,8 @@ from dpdiff.data.samples import Sample, walk_images
 _ORIENTATION = ExifTags.Base.Orientation
 _QUARTER_TURNS = (5, 6, 7, 8)
 _PNG_METADATA = (b"eXIf", b"XML:com.adobe.xmp", b"Raw profile type exif")  # where Pillow looks for an orientation
+_OPEN_RANGE = ("F", "I")  # modes of grey with values that `load_image` refuses
+_OTHER_COLOURS = ("CMYK", "YCbCr")  # in which black isn't zero
 _JPEG_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # any but those within pixel data, and padding
 
 
@@ -67,9 +69,10 @@ def _unit_range(pixels: np.ndarray) -> np.ndarray:
 
 
 def load_mask(path: str | os.PathLike, size: int | None = None) -> Tensor:
-    """Read a mask as bool (H, W): true where the file, or any file of the folder ``path``, is not zero.
+    """Read a mask as bool (H, W): true where the file, or any file of the folder ``path``, is not black.
 
-    size: resize to (size, size), nearest. JPEG files, whose compression blurs zeros, count from half of white on.
+    size: resize to (size, size), nearest. JPEG files, whose compression blurs black, count from half of white on. In a
+    palette that is black throughout, every entry but the first is a mark.
 
     Raises ValueError with the path for a file that cannot be read.
     """
@@ -86,7 +89,11 @@ def _mask_files(path: Path) -> list[Path]:
 def _read_mask(path: Path) -> np.ndarray:
     try:
         with Image.open(path) as image:
-            marked = np.asarray(ImageOps.exif_transpose(image)) > (127 if image.format == "JPEG" else 0)
+            least = 127 if image.format == "JPEG" else 0
+            image = ImageOps.exif_transpose(image)
+            if image.mode in _OTHER_COLOURS or (image.mode in ("P", "PA") and any(image.getpalette())):
+                image = image.convert("RGB")
+            marked = np.asarray(image) > least
             if marked.ndim == 3:  # colour: any but black, however opaque
                 marked = marked[..., : 1 if image.mode == "LA" else 3].any(axis=-1)
             return marked
@@ -97,7 +104,8 @@ def _read_mask(path: Path) -> np.ndarray:
 def check(samples: Iterable[Sample], on_error: Literal["raise", "skip"] = "raise") -> tuple[list[Sample], list[str]]:
     """Tell which samples can't be used, before anything is computed from them.
 
-    A sample's image and mask must be readable and whole, its mask must have the size of its image, and a defective
+    A sample's image and mask must be readable and whole, the image's values must lie in a range that
+    :func:`load_image` knows, its mask must have the size of its image, and a defective
     image must have a mask where other images of its category have one: without, its defect would pass for good.
 
     Returns the samples that can be used and one line for each that can't, which names the file. With ``"raise"``
@@ -147,7 +155,10 @@ def _verified_size(what: str, path: Path) -> tuple[int, int]:
                 exif = Image.Image.getexif(image)  # what was read so far, where a PNG's own would decode it
                 return (height, width) if exif.get(_ORIENTATION) in _QUARTER_TURNS else (width, height)
         with Image.open(io.BytesIO(content)) as image:
-            return ImageOps.exif_transpose(image).size
+            image = ImageOps.exif_transpose(image)
+            if what == "image" and image.mode in _OPEN_RANGE:
+                _unit_range(np.asarray(image))
+            return image.size
     except Exception as error:
         raise ValueError(f"cannot read {what} {path}: {_reason(error)}") from error
 

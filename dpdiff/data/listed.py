@@ -10,18 +10,24 @@ from pathlib import Path, PurePosixPath
 from dpdiff.data.samples import Catalogue, Sample, natural_key, subfolders
 
 _VISA_SPLIT = Path("split_csv", "1cls.csv")
+_VISA_DEFECTS = Path("Data", "Images", "Anomaly")  # of a category
 
 
 def is_visa(root: Path) -> bool:
-    """Whether ``root`` is VisA as published; without its split too, lest defective images be taken for good ones."""
-    return (root / _VISA_SPLIT).is_file() or any((f / "Data" / "Images").is_dir() for f in subfolders(root))
+    """Whether ``root`` is VisA as published, one category of it, or the folder around it; without its split too, lest
+    defective images be taken for good ones."""
+    inside = subfolders(root)
+    folders = (root, *inside, *(f for folder in inside for f in subfolders(folder)))
+    return (root / _VISA_SPLIT).is_file() or any((f / _VISA_DEFECTS).is_dir() for f in folders)
 
 
 def scan_visa(root: Path) -> Catalogue:
     """VisA: rows of object, split (train, test), label (normal, anomaly), image, mask."""
     split = root / _VISA_SPLIT
     if not split.is_file():
-        raise FileNotFoundError(f"VisA folder {root} lacks {_VISA_SPLIT}, which says what to train on")
+        near = next((f for f in (root.absolute().parent, *subfolders(root)) if (f / _VISA_SPLIT).is_file()), None)
+        instead = f"; give {near}, which has it" if near else ""
+        raise FileNotFoundError(f"VisA folder {root} lacks {_VISA_SPLIT}, which says what to train on{instead}")
     catalogue = Catalogue()
     with split.open(newline="", encoding="utf-8-sig") as file:
         rows = csv.DictReader(file)
@@ -40,15 +46,25 @@ def scan_visa(root: Path) -> Catalogue:
 
 
 def is_real_iad(root: Path) -> bool:
-    return bool(_real_iad_lists(root))
+    """Whether there are its lists. JSON files of other kinds may lie beside images too; of its own, some be damaged."""
+    return any(_is_real_iad_list(files[0]) for files in _json_folders(root))
+
+
+def _is_real_iad_list(file: Path) -> bool:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        return False
+    return isinstance(content, dict) and {"train", "test"} <= content.keys()
 
 
 def scan_real_iad(root: Path) -> Catalogue:
     """Real-IAD: ``<lists>/<category>.json`` with the lists ``train`` and ``test`` of ``image_path``, ``mask_path`` and
     ``anomaly_class``, whose paths are relative to the category's folder among the images."""
-    lists = _real_iad_lists(root)
-    if not lists:
+    folders = _json_folders(root)
+    if not folders:
         raise FileNotFoundError(f"Real-IAD folder {root} lacks its lists, realiad_jsons/<category>.json")
+    lists = folders[0]
     catalogue = Catalogue()
     for file in lists:
         category = file.stem
@@ -77,11 +93,11 @@ def scan_real_iad(root: Path) -> Catalogue:
     return _ordered(catalogue, (file.stem for file in lists))
 
 
-def _real_iad_lists(root: Path) -> list[Path]:
-    """The JSON file of each category. There are several sets of them (single-view, noisy): the plain one is taken."""
+def _json_folders(root: Path) -> list[list[Path]]:
+    """The JSON files of each folder of such. There are several (single-view, noisy); first comes the plain one."""
     folders = [f for child in subfolders(root) if "json" in child.name.lower() for f in (child, *subfolders(child))]
-    folders = [(f, sorted(f.glob("*.json"), key=lambda p: natural_key(p.name))) for f in folders]
-    return min((found for found in folders if found[1]), key=lambda found: len(found[0].name), default=(None, []))[1]
+    found = [sorted(f.glob("*.json"), key=lambda p: natural_key(p.name)) for f in folders]
+    return sorted(filter(None, found), key=lambda files: len(files[0].parent.name))
 
 
 def _real_iad_images(root: Path, category: str, image: str) -> Path | None:

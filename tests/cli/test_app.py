@@ -139,6 +139,20 @@ def test_a_full_or_broken_disk_is_one_line_and_code_1(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("option", ["--json", "--weights", "--data"])
+def test_a_name_too_long_is_the_users_error(dpdiff, data, weights, tmp_path, option):
+    given = {"--data": data, "--weights": weights, option: tmp_path / ("x" * 300)}
+    outcome = dpdiff("evaluate", *(part for pair in given.items() for part in pair))
+    assert outcome.code == 2 and "x" * 300 in outcome.error
+
+
+def test_a_link_in_circles_is_the_users_error(dpdiff, data, weights, tmp_path, monkeypatch):
+    (tmp_path / "loop").symlink_to("loop")
+    monkeypatch.setattr(evaluation, "evaluate", lambda *args, **kwargs: (tmp_path / "loop").read_text())
+    outcome = dpdiff("evaluate", "--data", data, "--weights", weights)
+    assert outcome.code == 2 and str(tmp_path / "loop") in outcome.error
+
+
 def test_info_shows_the_machine_and_every_option(dpdiff):
     text = dpdiff("info").out
     for part in ("torch", "backend cpp", "timm", "image_size", "n_local", "300 to 2000", "1200"):

@@ -56,6 +56,31 @@ def test_a_category_without_test_images_is_named(dpdiff, make_data, weights, tmp
     assert set(json.loads((tmp_path / "out.json").read_text())["categories"]) == {"bolt"}
 
 
+def test_names_are_shown_as_they_are(dpdiff, make_data, weights, tmp_path):
+    data = make_data(tmp_path / "data")
+    (data / "bolt").rename(data / "[red]bolt")
+    (data / "[").mkdir()
+    (data / "cloth").rename(data / "[" / "x]")
+    outcome = dpdiff("evaluate", "--data", data, "--weights", weights)
+    assert outcome.code == 0 and "[red]bolt" in outcome.out and "[/x]" in outcome.out
+    outcome = dpdiff("evaluate", "--data", data, "--weights", weights, "--out-data", data / "[" / "x]")
+    assert outcome.code == 0 and "[/x]" in outcome.out
+
+
+def test_figures_and_report_are_kept_whatever_happens_to_the_table(dpdiff, data, weights, tmp_path, monkeypatch):
+    def fail(*args):
+        raise UnicodeEncodeError("ascii", "x", 0, 1, "no such letter")
+
+    monkeypatch.setattr("rich.console.Console.print", fail)
+    arguments = ("evaluate", "--data", data, "--weights", weights, "--json", tmp_path / "out.json")
+    assert dpdiff(*arguments, "--report", tmp_path / "report.html").code == 1
+    assert json.loads((tmp_path / "out.json").read_text())["mean"]
+    assert (tmp_path / "report.html").exists()
+    (tmp_path / "out.json").unlink()
+    assert dpdiff(*arguments, "--out-data", data / "bolt" / "train").code == 1
+    assert json.loads((tmp_path / "out.json").read_text())["mean"]
+
+
 class TestRefuses:
     @pytest.fixture
     def refused(self, dpdiff, make_data, weights, tmp_path):

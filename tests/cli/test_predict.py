@@ -137,6 +137,12 @@ class TestRefuses:
         assert skipped.code == 0 and str(photos / "a/1.png") in skipped.err
         assert len(read_scores(tmp_path / "out")) == 4
 
+    def test_a_link_to_itself(self, refused, predict, photos, tmp_path):
+        (photos / "loop.png").symlink_to("loop.png")
+        assert str(photos / "loop.png") in refused(photos)
+        assert predict(photos, "--on-corrupt", "skip", out=photos / "out").code == 0
+        assert len(read_scores(photos / "out")) == 5
+
     def test_a_file_that_is_no_image(self, refused, photos):
         assert "notes.txt" in refused(photos / "notes.txt")
 

@@ -45,6 +45,24 @@ def test_symbolic_link_is_kept(tmp_path):
     assert (tmp_path / "target").read_text() == "new"
 
 
+def test_pipes_are_written_to_not_replaced(tmp_path):
+    read, write = os.pipe()
+    with atomic_write(f"/dev/fd/{write}") as tmp:
+        tmp.write_text("whole")
+    os.close(write)
+    assert os.read(read, 99) == b"whole"
+    os.close(read)
+
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    read = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+    with atomic_write(fifo) as tmp:
+        tmp.write_text("whole")
+    assert os.read(read, 99) == b"whole"
+    os.close(read)
+    assert fifo.is_fifo() and os.listdir(tmp_path) == ["fifo"]
+
+
 def test_a_folder_appears_at_the_end_only(tmp_path):
     path = tmp_path / "new" / "out"
     with atomic_folder(path) as tmp:

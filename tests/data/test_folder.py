@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +61,25 @@ def test_mvtec(mvtec):
         ),
         ("screw/test/good/000.png", "screw", "good", 0, None),
     ]
+
+
+def test_names_of_folders_are_known_in_any_case(tmp_path):
+    category = tmp_path / "bottle"
+    image(category / "Train" / "Good" / "0.png")
+    image(category / "TEST" / "Good" / "0.png")
+    image(category / "TEST" / "broken" / "0.png")
+    marked = mask(category / "Ground_Truth" / "Broken" / "0_mask.png")
+    found = scan(tmp_path, need="train")
+    assert [s.image.parent.parent.name for s in found.train] == ["Train"]
+    assert [(s.kind, s.label, s.mask) for s in found.test] == [("broken", 1, marked), ("good", 0, None)]
+
+
+def test_of_two_cases_of_a_name_the_usual_one_is_taken(mvtec):
+    image(mvtec / "bottle" / "Train" / "good" / "0.png")
+    image(mvtec / "bottle" / "Ground_Truth" / "broken_large" / "000_mask.png")
+    found = scan(mvtec / "bottle")
+    assert {s.image.parent.parent.name for s in found.train} == {"train"}
+    assert found.test[0].mask == mvtec / "bottle" / "ground_truth" / "broken_large" / "000_mask.png"
 
 
 def test_one_category_alone(mvtec):
@@ -210,6 +230,24 @@ def test_visa_without_its_split_is_not_taken_for_good_images(tmp_path):
         scan(tmp_path)
 
 
+def test_the_folders_around_and_in_visa_are_not_taken_for_good_images(tmp_path):
+    visa = visa_original(tmp_path / "data" / "VisA")
+    for root in (visa / "pcb1", tmp_path / "data"):
+        with pytest.raises(
+            FileNotFoundError, match=rf"{root} lacks split_csv/1cls\.csv, .*; give {visa}, which has it$"
+        ):
+            scan(root)
+    (visa / "split_csv" / "1cls.csv").unlink()
+    for root in (visa / "pcb1", tmp_path / "data"):
+        with pytest.raises(FileNotFoundError, match=r"lacks split_csv/1cls\.csv, which says what to train on$"):
+            scan(root)
+
+
+def test_images_in_folders_named_as_those_of_visa_may_all_be_good(tmp_path):
+    image(tmp_path / "site" / "Data" / "Images" / "0.png")
+    assert scan(tmp_path, need="train").categories == ["site"]
+
+
 def real_iad(root: Path, lists: str, images: str, category: str = "audiojack") -> Path:
     good = [f"OK/S000{i}/{category}_000{i}_OK_C1_2023.jpg" for i in range(3)]
     bad = f"NG/QS/S0001/{category}_0001_NG_QS_C1_2023"
@@ -277,6 +315,14 @@ def test_real_iad_list_that_is_none_is_named(tmp_path, content):
         scan(tmp_path)
 
 
+def test_json_files_of_other_kinds_do_not_make_real_iad(tmp_path):
+    image(tmp_path / "cat" / "0.png")
+    for content in ('{"images": [], "annotations": []}', "[]", "{", "\x00"):
+        (tmp_path / "json").mkdir(exist_ok=True)
+        (tmp_path / "json" / "annotations.json").write_text(content)
+        assert scan(tmp_path, need="train").categories == ["cat"]
+
+
 def test_plain_folders(tmp_path):
     flat = tmp_path / "flat"
     image(flat / "2.png")
@@ -295,6 +341,39 @@ def test_plain_folders(tmp_path):
     assert scan(nested).categories == ["cat", "dog", "train"]
     image(nested / "loose.png")
     assert scan(nested).categories == ["cat", "dog", "nested", "train"]
+
+
+@pytest.mark.parametrize(
+    "name", ["NG", "ng", "bad", "Anomaly", "Masks", "ground_truth", "defects", "Defective", "defect_1"]
+)
+@pytest.mark.parametrize("place", ["{}", "audiojack/{}", "{}/deep"])
+def test_a_folder_of_defects_or_masks_is_not_taken_for_good_images(tmp_path, name, place):
+    image(tmp_path / "root" / "OK" / "0.png")
+    folder = image(tmp_path / "root" / place.format(name) / "0.png").parent
+    with pytest.raises(
+        ValueError, match=rf"^{folder} seems to hold defective images or masks: expected the folder that"
+    ):
+        scan(tmp_path / "root")
+
+
+def test_names_that_only_resemble_those_of_defects_are_plain(tmp_path):
+    names = ["defect-free", "defect_free", "mask", "rings", "ngk", "badge", "good", "normal"]
+    for name in names:
+        image(tmp_path / "NG" / name / "0.png")  # nor does it matter what the folder that is given is called
+    assert scan(tmp_path / "NG", need="train").categories == sorted(names)
+
+
+def test_parts_of_a_data_set_that_hold_defects_are_not_taken_for_good_images(mvtec):
+    with pytest.raises(
+        ValueError, match=rf"^{mvtec}/bottle/test/broken_large may hold .*, as {mvtec}/bottle/ground_truth"
+    ):
+        scan(mvtec / "bottle" / "test")
+    for root in ("train", "train/good", "test/good"):
+        assert scan(mvtec / "bottle" / root, need="train").train
+    lists = real_iad(mvtec, "realiad_jsons", "realiad_1024") / "realiad_jsons"
+    shutil.rmtree(lists)
+    with pytest.raises(ValueError, match="audiojack/NG/QS/S0001 seems to hold defective images"):
+        scan(mvtec / "realiad_1024")
 
 
 def test_order_is_that_of_names_not_of_the_disk(tmp_path):
@@ -361,6 +440,18 @@ def test_link_back_makes_no_categories(mvtec):
     found = scan(mvtec, need="train")
     assert found.categories == ["bottle", "screw"]
     assert len(found.train) == 6
+
+
+@pytest.mark.parametrize("need", ["test", None])
+def test_masks_that_fit_no_image_of_their_kind_are_named(mvtec, need):
+    marked = mvtec / "screw" / "ground_truth" / "broken_large" / "000_mask.png"
+    other = marked.rename(marked.with_name("000_gt.png"))
+    expected = r"broken_large: expected a name like 000_mask\.\* or 000\.\*$"
+    with pytest.raises(ValueError, match=rf"^mask {other} matches no image in .*/screw/test/{expected}"):
+        scan(mvtec, need=need)
+    assert len(scan(mvtec, need="train").train) == 6
+    mask(marked)  # one that fits is enough: `check` tells which images lack one
+    assert scan(mvtec, need=need).test
 
 
 def test_what_is_no_data_set_is_refused_in_one_line(tmp_path):

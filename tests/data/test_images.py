@@ -146,15 +146,44 @@ def test_masks(tmp_path):
     colour[..., 3] = 255  # opaque, which marks nothing
     colour[0, 1, 2] = 9
     assert load_mask(save(tmp_path / "rgba.png", colour)).tolist() == [[False, True, False]]
-    palette = Image.new("P", (2, 1), 0)
-    palette.putpalette([255, 255, 255, 0, 0, 0])  # the index counts, not its colour
-    palette.putpixel((1, 0), 1)
-    palette.save(tmp_path / "p.png")
-    assert load_mask(tmp_path / "p.png").tolist() == [[False, True]]
     square = np.zeros((32, 32), np.uint8)
     square[8:24, 8:24] = 255
     assert load_mask(save(tmp_path / "x.jpg", square, quality=50)).sum() == 256
     assert torch.equal(load_mask(tmp_path / "x.jpg", 8), torch.from_numpy(square[2::4, 2::4] > 0))
+
+
+@pytest.mark.parametrize("suffix", ["png", "gif", "tif"])
+def test_of_masks_with_a_palette_the_colour_counts(tmp_path, suffix):
+    for colours, expected in (
+        ([255, 255, 255, 0, 0, 0], [True, False]),
+        ([0, 0, 0, 128, 0, 0], [False, True]),
+        ([0, 0, 0, 0, 0, 0], [False, True]),  # indices of classes alone
+    ):
+        palette = Image.new("P", (2, 1), 0)
+        palette.putpalette(colours)
+        palette.putpixel((1, 0), 1)
+        palette.save(tmp_path / f"p.{suffix}")
+        assert load_mask(tmp_path / f"p.{suffix}").tolist() == [expected]
+
+
+@pytest.mark.parametrize("indices", [np.arange(4, dtype=np.uint8)[None], np.array([[0, 255]], np.uint8)])
+def test_indices_without_a_palette_of_their_own_are_masks(tmp_path, indices):
+    image = Image.new("P", indices.shape[::-1])
+    image.putdata(indices.flatten().tolist())
+    image.save(tmp_path / "p.png")
+    assert load_mask(tmp_path / "p.png").tolist() == (indices > 0).tolist()
+
+
+@pytest.mark.parametrize(
+    ("mode", "black", "white"), [("CMYK", (0, 0, 0, 255), (0, 0, 0, 0)), ("YCbCr", (0, 128, 128), (255, 128, 128))]
+)
+@pytest.mark.parametrize("suffix", ["tif", "jpg"])
+def test_masks_in_colours_whose_black_is_not_zero(tmp_path, mode, black, white, suffix):
+    image = Image.new(mode, (32, 16), black)
+    image.paste(white, (16, 0, 32, 16))
+    image.save(tmp_path / f"x.{suffix}")
+    marked = load_mask(tmp_path / f"x.{suffix}")
+    assert not marked[:, :16].any() and marked[:, 16:].all()
 
 
 def test_masks_of_a_folder_are_joined(tmp_path):
@@ -227,6 +256,18 @@ def test_damaged_files_are_skipped_by_choice(tmp_path):
         check(samples)
     with pytest.raises(ValueError, match="on_error"):
         check(samples, on_error="ignore")
+
+
+@pytest.mark.parametrize("worst", [1020.0, -1.0, float("nan"), 70_000])
+def test_values_out_of_range_are_found(tmp_path, worst):
+    values = np.zeros((5, 7), np.int32 if type(worst) is int else np.float32)
+    good = Sample(save(tmp_path / "good.tif", values), "c")
+    values[2, 3] = worst
+    bad = Sample(save(tmp_path / "bad.tif", values), "c")
+    usable, problems = check([good, bad], on_error="skip")
+    assert usable == [good] and "bad.tif: its values run from" in problems[0]
+    marked = Sample(good.image, "c", "bad", 1, bad.image)  # of a mask any value will do
+    assert check([marked])[1] == []
 
 
 def test_whole_files_pass_in_every_format(tmp_path):

@@ -214,6 +214,8 @@ def test_the_first_epoch_is_kept_for_scores_that_need_it(make, products, tmp_pat
         dict(hidden=0),
         dict(inference="ddim"),
         dict(n_timesteps=3),
+        dict(hidden=True),
+        dict(n_timesteps=True),
         dict(backbone=5),
     ],
 )
@@ -229,3 +231,8 @@ def test_arguments_out_of_range(make, options):
 def test_images_that_are_none(make, images):
     with pytest.raises((TypeError, ValueError), match="images"):
         make().predict(images)
+
+
+def test_a_model_of_another_type_is_refused(make):
+    with pytest.raises(TypeError, match=r"^the model is torch\.float16: expected torch\.float32; "):
+        make().half().predict(torch.zeros(1, 3, 8, 8))

@@ -57,6 +57,26 @@ def test_maps_have_the_size_of_the_images(model, size):
     assert model.predict(torch.rand(2, 3, *size)).maps.shape == (2, *size)
 
 
+@pytest.mark.parametrize("image_size", [1, 2, 3])
+def test_models_of_the_smallest_images(tiny, image_size):
+    out = tiny(image_size=image_size).predict(torch.rand(2, 3, 5, 6))
+    assert out.maps.shape == (2, 5, 6) and out.maps.isfinite().all() and out.scores.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_model_of_another_type_is_refused(tiny, dtype):
+    with pytest.raises(TypeError, match=rf"^the model is {dtype}: expected torch.float32; .* torch.autocast$"):
+        tiny().to(dtype).predict(torch.rand(1, 3, 64, 64, dtype=dtype))
+
+
+def test_autocast_changes_predictions_but_little(model, images):
+    expected = model.predict(images[:4])
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model.predict(images[:4])
+    assert out.scores.dtype == out.maps.dtype == torch.float32
+    torch.testing.assert_close(out.scores, expected.scores, rtol=0.2, atol=0)
+
+
 def test_no_images_have_no_scores_and_no_maps(tiny, images):
     for options in (dict(), dict(patch_size=3, n_steps=2), dict(route="all"), dict(backbone="test_vit")):
         out = prepared(tiny(**options), images).predict(torch.rand(0, 3, 64, 50))
@@ -89,6 +109,12 @@ def test_images_of_any_float_type_and_layout(model, images):
     [
         (torch.rand(3, 64, 64), ValueError, r"images has shape \(3, 64, 64\): expected \(B, 3, H, W\)"),
         (torch.rand(1, 1, 64, 64), ValueError, r"images has shape \(1, 1, 64, 64\)"),
+        (
+            torch.rand(1, 3, 0, 64),
+            ValueError,
+            r"images has shape \(1, 3, 0, 64\): expected a height and width of at least",
+        ),
+        (torch.rand(0, 3, 64, 0), ValueError, r"images has shape \(0, 3, 64, 0\): expected a height and width"),
         (torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8), TypeError, r"images is torch.uint8: expected"),
         ([[0.0]], TypeError, r"images is list"),
         (255 * torch.rand(1, 3, 64, 64), ValueError, r"images .*expected .*\[0, 1\]"),
@@ -101,11 +127,15 @@ def test_images_of_another_type_shape_or_range_are_refused(model, given, error, 
         model.predict(given)
 
 
+BOOLS_REFUSED = ("image_size", "depth", "k", "route", "timestep", "min_timestep", "temperature", "ot_weight")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (dict(n_local=0), r"n_local is 0: expected a positive int"),
         (dict(image_size=64.0), r"image_size is 64.0"),
+        *((dict([(name, True)]), rf"{name} is True: expected") for name in BOOLS_REFUSED),
         (dict(k=17), r"k is 17: expected at most n_local \(16\)"),
         (dict(dim=25), r"dim is 25: expected a multiple of num_heads \(2\)"),
         (dict(timestep=1000), r"timestep is 1000: expected 0 to n_timesteps - 1 \(999\)"),

@@ -97,6 +97,15 @@ def test_no_such_file(tmp_path):
         dpdiff.load(tmp_path / "none.safetensors")
 
 
+@pytest.mark.parametrize("read", [dpdiff.load, read_header])
+def test_a_folder_is_told_from_a_missing_file(tmp_path, read):
+    expected = rf"^{tmp_path} is a folder: expected a weights file such as {tmp_path}/model\.safetensors$"
+    with pytest.raises(ValueError, match=expected):
+        read(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"weights file .*none does not exist"):
+        read(tmp_path / "none")
+
+
 @pytest.mark.parametrize("share", [0, 0.001, 0.5, 0.999])
 def test_truncated_file(file, share):
     content = file.read_bytes()

@@ -60,6 +60,13 @@ def test_the_loss_falls(run, tmp_path):
     assert sum(history[-3:]) < 0.8 * sum(history[:3])
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_losses_of_few_steps_are_written_too(run, tmp_path, accumulate):
+    run(max_steps=3, accumulate=accumulate, checkpoint_interval=1000)
+    assert losses(tmp_path / "out")
+    assert not (tmp_path / "out" / "last.ckpt").exists()  # there is nothing to go on with
+
+
 def test_only_what_is_learnt_changes(run, tiny):
     before, after = weights(tiny()), weights(run())
     changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
