@@ -62,7 +62,8 @@ class _Operator:
 
     def __call__(self, *arguments: Any) -> Any:
         if observed(arguments):
-            _refuse_functorch(self.operator, arguments)
+            if self.differentiable is not None:
+                _refuse_functorch(self.operator, arguments)
             return self.operator(*arguments)
         if self.differentiable is not None and torch.is_grad_enabled():
             if any(isinstance(x, Tensor) and x.requires_grad for x in arguments):
@@ -73,7 +74,10 @@ class _Operator:
 def _refuse_functorch(operator: Callable, arguments: tuple) -> None:
     if torch.compiler.is_compiling():  # which can't trace the question
         return
-    if any(isinstance(x, Tensor) and torch._C._functorch.is_gradtrackingtensor(x) for x in arguments):
+    transform = torch._C._functorch.peek_interpreter_stack()
+    if transform is None or transform.key() != torch._C._functorch.TransformType.Grad:
+        return
+    if any(isinstance(x, Tensor) and x.requires_grad for x in arguments):
         raise NotImplementedError(f"torch.func doesn't differentiate {operator}: use torch.autograd")
 
 
