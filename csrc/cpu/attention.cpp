@@ -17,7 +17,6 @@
 #include <torch/csrc/stable/library.h>
 
 #include "memory.h"
-#include "routes.h"
 #include "tensors.h"
 
 #define DPDIFF_KERNELS "attention_kernels.h"
@@ -103,9 +102,7 @@ struct Inputs {
       problem.gate = float_data(this->gate);
     }
     if (groups) {
-      const Tensor group = dense(*groups), active = dense(*active_groups);
-      routes.emplace(group.const_data_ptr<int64_t>(), group.numel(), active.const_data_ptr<int64_t>(), active.size(0),
-                     active.size(1));
+      routes = routes_of(*groups, *active_groups);
       problem.active = routes->rows.data();
       problem.offsets = routes->begin.data();
     }
@@ -155,14 +152,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> prototype_attention(
   return {out, reference, total, difference};
 }
 
-// Ascending.
-std::vector<int64_t> distinct(std::vector<int64_t>::const_iterator first, std::vector<int64_t>::const_iterator last) {
-  std::vector<int64_t> numbers(first, last);
-  std::sort(numbers.begin(), numbers.end());
-  numbers.erase(std::unique(numbers.begin(), numbers.end()), numbers.end());
-  return numbers;
-}
-
 // The rows in which a shared bank's gradient is summed up in parts, see BankGradient.
 struct PartialSums {
   bool routed = false;
@@ -179,13 +168,13 @@ struct PartialSums {
     }
   }
 
-  // A row for each prototype in each part with an image that uses it.
-  PartialSums(int64_t parts, int64_t batch, const Routes& routes)
-      : routed(true), prototypes(distinct(routes.rows.begin(), routes.rows.end())), of_active(routes.rows.size()) {
+  // A row for each prototype in each part with an image that uses it; used: all that some image does, ascending.
+  PartialSums(int64_t parts, int64_t batch, const Routes& routes, std::vector<int64_t> used)
+      : routed(true), prototypes(std::move(used)), of_active(routes.rows.size()) {
     std::vector<std::pair<int64_t, int64_t>> found;  // prototype, row
     for (int64_t part = 0; part < parts; ++part) {
       const int64_t begin = routes.begin[batch * part / parts], end = routes.begin[batch * (part + 1) / parts];
-      const std::vector<int64_t> seen = distinct(routes.rows.begin() + begin, routes.rows.begin() + end);
+      const std::vector<int64_t> seen = ascending_distinct(routes.rows.data() + begin, routes.rows.data() + end);
       for (int64_t k = begin; k < end; ++k) {
         of_active[k] = rows + (std::lower_bound(seen.begin(), seen.end(), routes.rows[k]) - seen.begin());
       }
@@ -264,10 +253,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> prototype_attention_b
   if (gate) problem.difference = rows_of(dense_difference);
   problem.sums = {float_data(dense_reference), float_data(dense_total)};
   const auto& routes = inputs.routes;
-  const int64_t local_rows = routes ? distinct(routes->rows.begin(), routes->rows.end()).size() : problem.local.count;
-  problem.parts = parts_of(problem, local_rows);
-  const PartialSums local_sums =
-      routes ? PartialSums(problem.parts, problem.batch, *routes) : PartialSums(problem.parts, problem.local.count);
+  std::vector<int64_t> used;
+  if (routes) used = ascending_distinct(routes->rows.data(), routes->rows.data() + routes->rows.size());
+  problem.parts = parts_of(problem, routes ? used.size() : problem.local.count);
+  const PartialSums local_sums = routes ? PartialSums(problem.parts, problem.batch, *routes, std::move(used))
+                                        : PartialSums(problem.parts, problem.local.count);
   const PartialSums global_sums(problem.parts, problem.global.count);
   problem.rows = local_sums.of_active.data();
 

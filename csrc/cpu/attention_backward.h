@@ -273,17 +273,7 @@ class BackwardAttention {
 };
 
 void attention_backward(const AttentionBackward& problem, int64_t begin, int64_t end) {
-#if defined(DPDIFF_AVX512)
-  if (problem.dtype == DType::bfloat16 && bfloat16_as() == BFloat16As::pairs) {
-    return BackwardAttention<BFloat16Engine>(problem).run(begin, end);
-  }
-#endif
-#if defined(DPDIFF_AMX)
-  if (problem.dtype == DType::bfloat16 && bfloat16_as() == BFloat16As::tiles) {
-    return BackwardAttention<BFloat16TileEngine>(problem).run(begin, end);
-  }
-#endif
-  BackwardAttention<FloatEngine>(problem).run(begin, end);
+  run_on_engine<BackwardAttention>(problem, begin, end);
 }
 
 // Adds up the parts of a shared bank's gradient, of prototypes [begin, end) of (H, n_prototypes).

@@ -214,15 +214,5 @@ class ForwardAttention {
 };
 
 void attention_forward(const AttentionForward& problem, int64_t begin, int64_t end) {
-#if defined(DPDIFF_AVX512)
-  if (problem.dtype == DType::bfloat16 && bfloat16_as() == BFloat16As::pairs) {
-    return ForwardAttention<BFloat16Engine>(problem).run(begin, end);
-  }
-#endif
-#if defined(DPDIFF_AMX)
-  if (problem.dtype == DType::bfloat16 && bfloat16_as() == BFloat16As::tiles) {
-    return ForwardAttention<BFloat16TileEngine>(problem).run(begin, end);
-  }
-#endif
-  ForwardAttention<FloatEngine>(problem).run(begin, end);
+  run_on_engine<ForwardAttention>(problem, begin, end);
 }

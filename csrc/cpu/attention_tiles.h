@@ -83,6 +83,22 @@ struct BFloat16TileEngine : BFloat16Engine {
 };
 #endif
 
+// Runs a direction of attention on the engine for the problem's type and this processor.
+template <template <class> class Direction, class Problem>
+void run_on_engine(const Problem& problem, int64_t begin, int64_t end) {
+#if defined(DPDIFF_AVX512)
+  if (problem.dtype == DType::bfloat16 && bfloat16_as() == BFloat16As::pairs) {
+    return Direction<BFloat16Engine>(problem).run(begin, end);
+  }
+#endif
+#if defined(DPDIFF_AMX)
+  if (problem.dtype == DType::bfloat16 && bfloat16_as() == BFloat16As::tiles) {
+    return Direction<BFloat16TileEngine>(problem).run(begin, end);
+  }
+#endif
+  Direction<FloatEngine>(problem).run(begin, end);
+}
+
 // Units that hold so many elements, in whole steps.
 template <class Engine>
 DPDIFF_INLINE int64_t units_of(int64_t elements) {

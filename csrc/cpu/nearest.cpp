@@ -25,14 +25,11 @@ Metric parse_metric(const std::string& name) {
 }
 
 // The prototypes whose group is active, for each image, which needs k.
-Routes route(const Tensor& groups_, const Tensor& active_groups_, int64_t k) {
-  const Tensor groups = dense(groups_), active_groups = dense(active_groups_);
-  const int64_t* group = groups.const_data_ptr<int64_t>();
-  const int64_t n_prototypes = groups.size(0), n_batch = active_groups.size(0);
-  Routes routes(group, n_prototypes, active_groups.const_data_ptr<int64_t>(), n_batch, active_groups.size(1));
-  const bool sorted = std::is_sorted(group, group + n_prototypes);
-  for (int64_t b = 0; b < n_batch; ++b) {
-    if (!sorted) std::sort(routes.rows.begin() + routes.begin[b], routes.rows.begin() + routes.begin[b + 1]);
+Routes route(const Tensor& groups, const Tensor& active_groups, int64_t k) {
+  Routes routes = routes_of(groups, active_groups);
+  for (int64_t b = 0; b < active_groups.size(0); ++b) {
+    const auto first = routes.rows.begin() + routes.begin[b], last = routes.rows.begin() + routes.begin[b + 1];
+    if (!std::is_sorted(first, last)) std::sort(first, last);
     if (routes.count(b) >= k) continue;
     throw std::invalid_argument(  // a ValueError in Python
         "active_groups leaves batch element " + std::to_string(b) + " with " + std::to_string(routes.count(b)) +

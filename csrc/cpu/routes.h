@@ -8,6 +8,13 @@
 
 namespace dpdiff {
 
+inline std::vector<int64_t> ascending_distinct(const int64_t* first, const int64_t* last) {
+  std::vector<int64_t> numbers(first, last);
+  std::sort(numbers.begin(), numbers.end());
+  numbers.erase(std::unique(numbers.begin(), numbers.end()), numbers.end());
+  return numbers;
+}
+
 // Image b's prototypes are rows[begin[b]] up to rows[begin[b + 1]]: group after group, ascending within each.
 struct Routes {
   std::vector<int64_t> begin{0}, rows;
@@ -19,12 +26,8 @@ struct Routes {
     if (!std::is_sorted(group, group + n_prototypes)) {
       std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return group[a] < group[b]; });
     }
-    std::vector<int64_t> wanted;
     for (int64_t b = 0; b < n_batch; ++b, active_groups += n_active) {
-      wanted.assign(active_groups, active_groups + n_active);
-      std::sort(wanted.begin(), wanted.end());
-      wanted.erase(std::unique(wanted.begin(), wanted.end()), wanted.end());
-      for (const int64_t g : wanted) {
+      for (const int64_t g : ascending_distinct(active_groups, active_groups + n_active)) {
         if (g < 0) continue;
         auto at = std::lower_bound(order.begin(), order.end(), g, [&](int64_t i, int64_t g) { return group[i] < g; });
         for (; at != order.end() && group[*at] == g; ++at) rows.push_back(*at);

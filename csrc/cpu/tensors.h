@@ -8,6 +8,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include "dtype.h"
+#include "routes.h"
 
 namespace dpdiff {
 
@@ -27,5 +28,11 @@ inline DType dtype_of(const Tensor& tensor) {
 // For kernels that know no strides.
 inline Tensor dense(const Tensor& tensor) { return torch::stable::contiguous(tensor); }
 inline MaybeTensor dense(const MaybeTensor& tensor) { return tensor ? MaybeTensor(dense(*tensor)) : std::nullopt; }
+
+inline Routes routes_of(const Tensor& groups, const Tensor& active_groups) {
+  const Tensor group = dense(groups), active = dense(active_groups);
+  return Routes(group.const_data_ptr<int64_t>(), group.size(0), active.const_data_ptr<int64_t>(), active.size(0),
+                active.size(1));
+}
 
 }  // namespace dpdiff
