@@ -3,7 +3,7 @@
 // potentials; a problem that needs more than that, for its costs, weights or scalings, is left to Sinkhorn.
 
 constexpr int64_t kMostPairsOfLanes = 4096;  // the kernels of all lanes stay in the second cache
-constexpr int kLaneRows = 8;                 // rows at a time
+constexpr int kLaneRows = kWidth / 2;        // rows at a time, of which two sets and more fit in registers
 
 // The sums of a number for each lane, in float64.
 struct LaneSums {
@@ -34,6 +34,7 @@ class LaneSinkhorn {
         columns_(m_, arena) {
     kernel_ = arena.take<float>(padded_ * m_ * kWidth);
     staged_ = arena.take<float>(std::max(n_, m_) * kWidth);
+    moved_ = arena.take<float>(m_ * kWidth);
     sums_ = arena.take<float>(m_ * kWidth);
   }
 
@@ -49,11 +50,11 @@ class LaneSinkhorn {
  private:
   // [row or column][lane]
   struct Side {
-    float *weight, *scaling, *moved;
+    float *weight, *scaling;
     LaneSums mass;
 
     Side(int64_t count, Arena& arena) {
-      for (float** part : {&weight, &scaling, &moved}) {
+      for (float** part : {&weight, &scaling}) {
         *part = arena.take<float>(count * kWidth);
         std::fill_n(*part, count * kWidth, 0.0f);
       }
@@ -89,9 +90,8 @@ class LaneSinkhorn {
   }
 
   // Groups of kLaneRows rows, in each [column][row][lane].
-  float* entry(int64_t i, int64_t j) const {
-    return kernel_ + ((i / kLaneRows * m_ + j) * kLaneRows + i % kLaneRows) * kWidth;
-  }
+  static constexpr int64_t kStep = kLaneRows * kWidth;  // from one column to the next
+  float* entry(int64_t i) const { return kernel_ + (i / kLaneRows * m_ * kLaneRows + i % kLaneRows) * kWidth; }
 
   // Returns the lanes whose kernel float32 holds.
   vint build() {
@@ -99,47 +99,71 @@ class LaneSinkhorn {
     vint worst{};
     for (int64_t i = 0; i < n_; ++i) {
       to_lanes([&](int lane) { return cost_ + (lane * n_ + i) * m_; }, m_, staged_);
-      for (int64_t j = 0; j < m_; ++j) store(entry(i, j), unshifted(load(staged_ + j * kWidth), worst));
+      float* row = entry(i);
+      for (int64_t j = 0; j < m_; ++j) store(row + j * kStep, unshifted(load(staged_ + j * kWidth), worst));
     }
     for (int64_t i = n_; i < padded_; ++i) {  // repeats of the last row, of zero weight
-      for (int64_t j = 0; j < m_; ++j) store(entry(i, j), load(entry(n_ - 1, j)));
+      for (int64_t j = 0; j < m_; ++j) store(entry(i) + j * kStep, load(entry(n_ - 1) + j * kStep));
     }
     return ~(worst > unshifted.limit);
+  }
+
+  // The sums of a group of rows, and the part of the group before it, whose scaled weights `rows` holds until then, in the
+  // column sums. Together, so that neither waits for the other's sums and divisions.
+  template <bool kRows, bool kColumns>
+  DPDIFF_INLINE void sweep(const float* ahead, const float* behind, vfloat (&rows)[kLaneRows]) {
+    const float* moved = moved_;  // these three: what the stores below can't change
+    float* column_sums = sums_;
+    const int64_t end = m_ * kWidth;
+    vfloat sums[kLaneRows] = {};
+    for (int64_t j = 0; j < end; j += kWidth) {
+      if constexpr (kRows) {
+        const vfloat v = load(moved + j);
+#pragma GCC unroll 8
+        for (int r = 0; r < kLaneRows; ++r) sums[r] += load(ahead + j * kLaneRows + r * kWidth) * v;
+      }
+      if constexpr (kColumns) {
+        vfloat even = load(column_sums + j), odd{};
+#pragma GCC unroll 8
+        for (int r = 0; r < kLaneRows; r += 2) {
+          even += load(behind + j * kLaneRows + r * kWidth) * rows[r];
+          odd += load(behind + j * kLaneRows + (r + 1) * kWidth) * rows[r + 1];
+        }
+        store(column_sums + j, even + odd);
+      }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; kRows && r < kLaneRows; ++r) rows[r] = sums[r];
   }
 
   // Returns the lanes whose scalings, of zero weights too, stay calm.
   vint iterate() {
     vfloat least = broadcast(INFINITY), greatest{};
-    const auto scale = [&](const Side& side, int64_t i, vfloat sum) {
+    const auto scale = [&](const Side& side, int64_t i, vfloat sum) __attribute__((always_inline)) {
       const vfloat scaling = 1.0f / sum, moved = load(side.weight + i * kWidth) * scaling;
       least = minimum(least, scaling);
       greatest = maximum(greatest, scaling);
       store(side.scaling + i * kWidth, scaling);
-      store(side.moved + i * kWidth, moved);
       return moved;
     };
-    std::copy_n(columns_.weight, m_ * kWidth, columns_.moved);
+    std::copy_n(columns_.weight, m_ * kWidth, moved_);
     for (int64_t k = 0; k < options_.n_iters; ++k) {
       std::fill_n(sums_, m_ * kWidth, 0.0f);
-      for (int64_t first = 0; first < padded_; first += kLaneRows) {
-        const int64_t i = k % 2 == 0 ? first : padded_ - kLaneRows - first;  // to and fro: what was read last is nearest
-        const float* kernel = entry(i, 0);
-        vfloat rows[kLaneRows] = {};
-        for (int64_t j = 0; j < m_; ++j) {
-          const vfloat v = load(columns_.moved + j * kWidth);
-#pragma GCC unroll 8
-          for (int r = 0; r < kLaneRows; ++r) rows[r] += load(kernel + (j * kLaneRows + r) * kWidth) * v;
-        }
+      // to and fro: what was read last is nearest
+      const int64_t first = k % 2 == 0 ? 0 : padded_ - kLaneRows, step = k % 2 == 0 ? kLaneRows : -kLaneRows;
+      vfloat rows[kLaneRows];
+      sweep<true, false>(entry(first), nullptr, rows);
+      for (int64_t i = first;; i += step) {
 #pragma GCC unroll 8
         for (int r = 0; r < kLaneRows; ++r) rows[r] = scale(rows_, i + r, rows[r]);
-        for (int64_t j = 0; j < m_; ++j) {
-          vfloat sum = load(sums_ + j * kWidth);
-#pragma GCC unroll 8
-          for (int r = 0; r < kLaneRows; ++r) sum += load(kernel + (j * kLaneRows + r) * kWidth) * rows[r];
-          store(sums_ + j * kWidth, sum);
+        const int64_t next = i + step;
+        if (next < 0 || next >= padded_) {
+          sweep<false, true>(nullptr, entry(i), rows);
+          break;
         }
+        sweep<true, true>(entry(next), entry(i), rows);
       }
-      for (int64_t j = 0; j < m_; ++j) scale(columns_, j, load(sums_ + j * kWidth));
+      for (int64_t j = 0; j < m_; ++j) store(moved_ + j * kWidth, scale(columns_, j, load(sums_ + j * kWidth)));
     }
     return (least >= broadcast(kTimid)) & (greatest <= broadcast(kBold));
   }
@@ -157,20 +181,22 @@ class LaneSinkhorn {
       plans[lane] = plan == nullptr ? staged_ : plan;
     }
     std::fill_n(sums_, m_ * kWidth, 0.0f);
+    vfloat costs_of_rows[kWidth] = {};
     for (int64_t i = 0; i < n_; ++i) {
-      const vfloat u = load(rows_.moved + i * kWidth);
-      vfloat sum{}, row_costs[kWidth] = {};
+      const float* row = entry(i);
+      const vfloat weight = load(rows_.weight + i * kWidth), u = weight * load(rows_.scaling + i * kWidth);
+      vfloat sums[2] = {};
       for (int64_t j = 0; j < m_; j += kWidth) {
         vfloat square[kWidth] = {};
         for (int64_t k = 0; k < kWidth && j + k < m_; ++k) {
-          square[k] = u * load(entry(i, j + k)) * load(columns_.moved + (j + k) * kWidth);
-          sum += square[k];
+          square[k] = u * load(row + (j + k) * kStep) * load(moved_ + (j + k) * kWidth);
+          sums[k % 2] += square[k];
           store(sums_ + (j + k) * kWidth, load(sums_ + (j + k) * kWidth) + square[k]);
         }
         transpose(square);
 #pragma GCC unroll 16
         for (int lane = 0; lane < kWidth; ++lane) {
-          row_costs[lane] += square[lane] * load_first(costs[lane] + j, m_ - j, 0.0f);
+          costs_of_rows[lane] += square[lane] * load_first(costs[lane] + j, m_ - j, 0.0f);
           if (streamed) {
             stream(plans[lane] + j, square[lane]);
           } else {
@@ -178,11 +204,12 @@ class LaneSinkhorn {
           }
         }
       }
-      mass.add(sum);
-      error.add(absolute(sum - load(rows_.weight + i * kWidth)));
-      transpose(row_costs);
-      for (int k = 1; k < kWidth; ++k) row_costs[0] += row_costs[k];
-      cost.add(row_costs[0]);
+      mass.add(sums[0] + sums[1]);
+      error.add(absolute(sums[0] + sums[1] - weight));
+      if (i % kLaneRows == kLaneRows - 1 || i == n_ - 1) {
+        transpose(costs_of_rows);
+        for (vfloat& part : costs_of_rows) cost.add(part), part = vfloat{};
+      }
       for (int lane = 0; lane < kWidth; ++lane) {
         costs[lane] += m_;
         plans[lane] += plans[lane] == staged_ ? 0 : m_;
@@ -232,5 +259,6 @@ class LaneSinkhorn {
   const int count_;
   const int64_t n_, m_, padded_;  // padded_: to whole groups of rows
   Side rows_, columns_;
-  float *kernel_, *staged_, *sums_;  // sums_: of columns
+  float *kernel_, *staged_;
+  float *moved_, *sums_;  // of columns: weight * scaling, and the sums of the kernel and the rows' scaled weights
 };
