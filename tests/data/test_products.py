@@ -152,6 +152,16 @@ def test_resumes_after_a_kill(tmp_path):
     assert len(files(made.root)) == number * (16 + 8 + 2 * 8)
 
 
+def test_what_a_killed_run_left_is_removed_when_it_is_old(tmp_path):
+    store = next(Products(1, root=tmp_path, **SMALL).root.parent.glob("all"))
+    for name in (".old", ".new"):
+        (store / name).mkdir()
+    os.utime(store / ".old", (0, 0))
+    (store / ".finished").symlink_to("elsewhere")  # as if it were renamed between its being listed and looked at
+    Products(1, root=tmp_path, **SMALL)
+    assert sorted(path.name for path in store.glob(".*")) == [".finished", ".new"]
+
+
 def test_two_runs_at_once_agree(tmp_path):
     render_category(0, 0, tmp_path / "a", 40, (1, 1, 4))
     before = files(tmp_path / "a")

@@ -1,5 +1,6 @@
 """The embedded data set: procedurally rendered product categories, as many as asked for."""
 
+import contextlib
 import multiprocessing
 import os
 import shutil
@@ -174,8 +175,9 @@ def _link(root: Path, store: Path, names: Sequence[str]) -> None:
 
 def _remove_stale(store: Path) -> None:
     for left in store.glob(".*"):
-        if left.stat().st_mtime < time.time() - _STALE:
-            shutil.rmtree(left, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):  # a process beside this one may have just finished it
+            if left.stat().st_mtime < time.time() - _STALE:
+                shutil.rmtree(left, ignore_errors=True)
 
 
 def _processors() -> int:
