@@ -166,8 +166,9 @@ def measure(benchmark, request: pytest.FixtureRequest, device: str) -> Callable[
     """`measure(group, run, flops=, bytes=, dtype=, sweep=)` times `run()`, keeps the median, and takes its peak memory.
 
     After each round of a rival there is one of ours, so that the ratio between them is of the same minute, in which the
-    machine was as fast for both. With --benchmark-disable `run()` is called once and nothing is timed, which leaves
-    compiled kernels in the caches on disk.
+    machine was as fast for both. Each has its own threads awake and the other's at rest (`Call.take_turn`). With
+    --benchmark-disable `run()` is called once and nothing is timed, which leaves compiled kernels in the caches on
+    disk.
 
     Args:
         group: the case, a short text; the same for all contenders.
@@ -200,10 +201,13 @@ def measure(benchmark, request: pytest.FixtureRequest, device: str) -> Callable[
 
         def time_ours() -> None:
             with dk.use_backend(chosen_backend()):
+                ours.take_turn()
                 beside.append(ours.seconds())
+            call.take_turn()
 
         rounds = call.rounds(config.getoption("budget"))
         teardown = None if ours is None else time_ours
+        call.take_turn()
         benchmark.pedantic(run, rounds=rounds, iterations=call.iterations, teardown=teardown)
         seconds = benchmark.stats.stats.median
         config.stash[_RECORD].measurements.append(

@@ -14,6 +14,7 @@ pytest.importorskip("pytest_benchmark")
 
 ROOT = Path(__file__).parents[2]
 BENCHMARK = """
+import threading
 import time
 import pytest
 import torch
@@ -29,6 +30,16 @@ def test_sleep(measure, contender, seconds):
         pytest.importorskip("no_such_library")
     run = lambda: time.sleep(seconds * (2 if contender == "twice as slow" else 1))
     measure(f"{seconds} s", run, flops=1e6)
+
+def spin():
+    end = time.perf_counter() + 0.05
+    while time.perf_counter() < end:
+        pass
+
+@contenders("leaves a thread busy", backends=())
+def test_busy_threads(measure, contender):
+    work = lambda: sum(range(300_000))
+    measure("busy threads", work if contender == "dpdiff" else lambda: threading.Thread(target=spin).start())
 
 @contenders("wrong", on("cuda", "on GPUs"), backends=())
 def test_answer(measure, contender):
@@ -86,6 +97,12 @@ def test_ratios_are_of_rounds_side_by_side(found):
     assert case(found, "0.02 s")["seconds"]["dpdiff"] == pytest.approx(0.02, rel=0.3)
 
 
+def test_threads_that_a_rival_leaves_busy_do_not_slow_us(found):
+    busy = case(found, "busy threads")
+    beside = busy["seconds"]["leaves a thread busy"] / busy["ratios"]["leaves a thread busy"]
+    assert beside == pytest.approx(busy["seconds"]["dpdiff"], rel=0.3)
+
+
 def test_peak_memory_of_a_call(found):
     assert case(found, "memory")["memory"]["dpdiff"] == pytest.approx(64 << 20, rel=0.1)
 
@@ -127,5 +144,5 @@ def test_a_run_that_is_ended_keeps_what_it_has(tmp_path, number, status, why):
 def test_with_benchmarks_disabled_everything_runs_and_nothing_is_timed(tmp_path):
     process = start(tmp_path, BENCHMARK, "--benchmark-disable")
     told = process.communicate()[0]
-    assert "1 failed, 10 passed" in told, told
+    assert "1 failed, 12 passed" in told, told
     assert not (tmp_path / "found.json").exists()
