@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib import pyplot as plt
 
 from benchmarks.contenders import OURS
+from benchmarks.results import machine_name
 
 matplotlib.use("Agg")
 plt.rcParams["svg.hashsalt"] = "dpdiff"  # the same figure is the same file
@@ -36,7 +37,7 @@ def roofline(cases: Sequence[dict], run: dict, stem: Path) -> None:
             if of_these:
                 axis.plot(x, y, marker, color=f"C{color}", alpha=0.8, label=f"{operator}, {dtype}")
     axis.set(xscale="log", yscale="log", xlabel="operations per byte", ylabel="GFLOP/s")
-    axis.set_title(f"{name_of(run)}, {run['date'][:10]}", fontsize="medium")
+    axis.set_title(f"{machine_name(run)}, {run['date'][:10]}", fontsize="medium")
     axis.legend(fontsize="small")
     axis.grid(alpha=0.3, which="both")
     save(figure, stem)
@@ -65,10 +66,6 @@ def growing(cases: Sequence[dict], stem: Path) -> None:
         axes[i][0].set_ylabel(f"{operator}, ms")
     axes[0][0].legend(fontsize="small")
     save(figure, stem)
-
-
-def name_of(run: dict) -> str:
-    return run["machine"].get("cuda:0") or run["machine"]["processor"]
 
 
 def save(figure: plt.Figure, stem: Path) -> None:

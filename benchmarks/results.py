@@ -10,6 +10,7 @@ import io
 import json
 import math
 import os
+import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -106,6 +107,13 @@ def machine() -> dict[str, str]:
         with contextlib.suppress(PackageNotFoundError):
             found[name] = version(name)
     return {name.strip(): value.strip() for name, value in found.items()}
+
+
+def machine_name(found: dict) -> str:
+    """Of results: the GPU, or the processor with the instructions that ours use of it."""
+    about = found["machine"]
+    instructions = re.search(r", \w+ instructions", about.get("backend cpp", ""))
+    return about.get("cuda:0") or about["processor"] + (instructions[0] if instructions else "")
 
 
 def _caches() -> str:

@@ -171,7 +171,7 @@ def plot(found: dict, stem: str) -> None:
         if name not in FIGURES:
             axis.set_ylim(bottom=0)
     axes[0][0].legend()
-    figure.suptitle(f"{found['machine']['processor']}, {found['date'][:10]}")
+    figure.suptitle(f"{results.machine_name(found)}, {found['date'][:10]}")
     save(figure, Path(stem))
 
 
@@ -193,7 +193,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     known: list[dict] = []
     if args.json and args.json.exists():
         before = json.loads(args.json.read_text(encoding="utf-8"))
-        if (before["steps"], before["machine"]["processor"]) != (args.steps, results.machine()["processor"]):
+        here = {"machine": results.machine()}
+        if (before["steps"], results.machine_name(before)) != (args.steps, results.machine_name(here)):
             parser.error(f"--json {args.json} holds a study of other steps or of another machine: give another file")
         known = before["rows"]
 

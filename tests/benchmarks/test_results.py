@@ -68,3 +68,18 @@ def test_a_folder_of_results_has_the_cases_of_all(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match=r"no \.json file"):
         results.load(tmp_path / "empty")
+
+
+@pytest.mark.parametrize(
+    ("about", "name"),
+    [
+        (
+            {"processor": "X, 2 threads", "backend cpp": "yes (_C.abi3.so, avx2 instructions)"},
+            "X, 2 threads, avx2 instructions",
+        ),
+        ({"processor": "X, 2 threads", "backend cpp": "no  (not built)"}, "X, 2 threads"),
+        ({"processor": "X, 2 threads", "cuda:0": "NVIDIA Y, sm_90"}, "NVIDIA Y, sm_90"),
+    ],
+)
+def test_a_machine_is_named_by_what_runs_the_operators(about, name):
+    assert results.machine_name({"machine": about}) == name
