@@ -156,10 +156,9 @@ def _compare(found: dict, stored: dict, threshold: float) -> None:
     if not both:
         raise ValueError("--compare: the stored results and these have no case in common")
     Console(width=None if sys.stdout.isatty() else 120).print(results.comparison_table(changes, threshold))
-    for name in ("processor", "cuda:0"):
-        before, now = stored["machine"].get(name), found["machine"].get(name)
-        if before != now:
-            print(f"The stored results are of another machine: {name} {before}, now {now}")
+    before, now = map(results.machine_name, (stored, found))
+    if before != now:
+        print(f"The stored results are of another machine: {before}; now {now}")
     lost = [change for change in both if change.regressed(threshold)]
     print(f"{len(both)} ratios compared, {len(lost)} fell by more than {threshold:.0%}")
     if lost:

@@ -25,11 +25,13 @@ def test_results_and_their_guard(dpdiff, stored, tmp_path):
     assert 0 < case["floor"] and results["limits"]["flops"]["float32"] > 1e9 and results["machine"]["torch"]
 
     case["ratios"]["cdist"] *= 100
+    results["machine"]["processor"] = "X, 9 threads"
     beyond = tmp_path / "beyond.json"
     beyond.write_text(json.dumps(results))
     outcome = dpdiff("bench", "ops", "--compare", beyond, *options)
     assert outcome.code == 1 and not outcome.err
     assert "1 ratios compared, 1 fell by more than 20%" in outcome.out
+    assert "The stored results are of another machine: X, 9 threads" in outcome.out
 
 
 def test_where_the_study_is_to_draw_is_checked_before_it_runs(dpdiff, tmp_path, monkeypatch):
