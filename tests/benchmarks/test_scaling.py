@@ -81,13 +81,15 @@ def test_a_model_of_more_categories_than_are_compared_is_scored_on_these(monkeyp
     small = partial(Products, root=tmp_path, size=32, n_train=1, n_good=1, n_defective=1)
     monkeypatch.setattr(scaling, "Products", small)
     monkeypatch.setattr(scaling, "_dpdiff", lambda catalogue, steps: (trained.append(catalogue), (Detector(), 32))[1])
+    monkeypatch.setattr(scaling, "_knn", lambda catalogue, constant: (Detector(), 32))
     monkeypatch.setattr(scaling, "_apart", lambda function, *args: function(*args))
     monkeypatch.setattr(scaling, "rates", lambda *args: {"training": 2.0, "inference": 1.0, "peak_memory": 2**30})
     monkeypatch.setattr(scaling, "_SCORED", 3)
-    found = scaling.study((2, 5), ["dpdiff"], None, 5)
+    found = scaling.study((2, 5), ["dpdiff", scaling.KNN], None, 5)
     names = small(5).categories
     assert [sorted(catalogue.categories) for catalogue in trained] == [
         sorted(names[:2]), sorted(names[2:4]), sorted(names)
     ]  # fmt: skip
     for row in found["rows"]:
         assert sorted(row["by_category"]) == sorted(names[:3]) and 0 <= row["aupro"] <= 1
+        assert row["inference"] > 0 and row["peak_memory"] > 0
