@@ -168,6 +168,20 @@ class LaneSinkhorn {
     return (least >= broadcast(kTimid)) & (greatest <= broadcast(kBold));
   }
 
+  // The plan of row i, scaled by u, and of `count` columns from j on; adds it to the sums.
+  DPDIFF_INLINE void scale_columns(int64_t i, int64_t j, int64_t count, vfloat u, vfloat (&square)[kWidth], vfloat (&sums)[2]) {
+    const float *row = entry(i) + j * kStep, *moved = moved_ + j * kWidth;
+    float* column_sums = sums_ + j * kWidth;
+#pragma GCC unroll 16
+    for (int k = 0; k < kWidth; ++k) {
+      square[k] = vfloat{};
+      if (k >= count) continue;
+      square[k] = u * load(row + k * kStep) * load(moved + k * kWidth);
+      sums[k % 2] += square[k];
+      store(column_sums + k * kWidth, load(column_sums + k * kWidth) + square[k]);
+    }
+  }
+
   // Results of the lanes that are good.
   void finish(vint good) {
     LaneSums mass, cost, error;
@@ -183,15 +197,14 @@ class LaneSinkhorn {
     std::fill_n(sums_, m_ * kWidth, 0.0f);
     vfloat costs_of_rows[kWidth] = {};
     for (int64_t i = 0; i < n_; ++i) {
-      const float* row = entry(i);
       const vfloat weight = load(rows_.weight + i * kWidth), u = weight * load(rows_.scaling + i * kWidth);
       vfloat sums[2] = {};
       for (int64_t j = 0; j < m_; j += kWidth) {
-        vfloat square[kWidth] = {};
-        for (int64_t k = 0; k < kWidth && j + k < m_; ++k) {
-          square[k] = u * load(row + (j + k) * kStep) * load(moved_ + (j + k) * kWidth);
-          sums[k % 2] += square[k];
-          store(sums_ + (j + k) * kWidth, load(sums_ + (j + k) * kWidth) + square[k]);
+        vfloat square[kWidth];
+        if (m_ - j >= kWidth) {
+          scale_columns(i, j, kWidth, u, square, sums);
+        } else {
+          scale_columns(i, j, m_ - j, u, square, sums);
         }
         transpose(square);
 #pragma GCC unroll 16
