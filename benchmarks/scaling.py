@@ -87,7 +87,8 @@ def accuracy(model: str, n_categories: int, first: int, n_scored: int, steps: in
     if not is_knn:
         return {"by_category": by_category}
     images = torch.stack([dataset[i * len(dataset) // _BATCH]["image"] for i in range(_BATCH)])
-    rate = _rate(lambda: detector.predict(images), _BATCH)  # of real images, on which the search in a large bank depends
+    # Of real images, on which the search in a large bank depends.
+    rate = _rate(lambda: detector.predict(images), _BATCH)
     return {"by_category": by_category, "inference": rate, "peak_memory": _peak_memory()}
 
 
