@@ -122,8 +122,9 @@ def page(runs: Sequence[dict], studies: Sequence[dict], command: str, figures: s
         header = ("model", "categories", *scaling.QUANTITIES.values())
         parts += [
             f"## Categories\n\nOn rendered products; {study['steps'] or 'the default number of'} steps of training. "
-            "Rates are of DPDiff-AD at the size that `dpdiff train` takes for so many categories. Accuracy is of the "
-            "same categories at every size, shared out to as many models as it takes."
+            "Rates are of DPDiff-AD at the size that `dpdiff train` takes for so many categories; with the plain "
+            "operators and more than 160 of two images at a time, else of 16. Accuracy is of the same categories at "
+            "every size, shared out to as many models as it takes."
         ]
         parts += [f"![Speed, memory and accuracy as categories grow]({figures}/categories.svg)", table(header, rows)]
     for operator in dict.fromkeys(case["operator"] for case in cases if "sweep" not in case):
