@@ -37,7 +37,7 @@ def roofline(cases: Sequence[dict], run: dict, stem: Path) -> None:
             if of_these:
                 axis.plot(x, y, marker, color=f"C{color}", alpha=0.8, label=f"{operator}, {dtype}")
     axis.set(xscale="log", yscale="log", xlabel="operations per byte", ylabel="GFLOP/s")
-    axis.set_title(f"{machine_name(run)}, {run['date'][:10]}", fontsize="medium")
+    axis.set_title(f"{machine_name(run['machine'])}, {run['date'][:10]}", fontsize="medium")
     axis.legend(fontsize="small")
     axis.grid(alpha=0.3, which="both")
     save(figure, stem)

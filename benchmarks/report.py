@@ -41,7 +41,7 @@ one. Contenders have the same inputs, type and threads, and their answers are ch
 def read(paths: Iterable[Path]) -> tuple[list[dict], list[dict]]:
     """Runs of benchmarks and scaling studies. Raises ValueError where they are not of one machine."""
     found = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
-    machines = {machine_name(one) for one in found}
+    machines = {machine_name(one["machine"]) for one in found}
     if len(machines) > 1:
         raise ValueError(f"results of several machines: {'; '.join(sorted(machines))}")
     return [one for one in found if "cases" in one], [one for one in found if "rows" in one]
@@ -143,7 +143,7 @@ def update_readme(text: str, runs: Sequence[dict], link: str) -> str:
         raise ValueError(f"the README lacks {_START} or {_END}")
     cases = [case for run in runs for case in run["cases"]]
     lines = [
-        f"The fastest rival's time over ours, in the cases of each operator, on {machine_name(runs[0])}, "
+        f"The fastest rival's time over ours, in the cases of each operator, on {machine_name(runs[0]['machine'])}, "
         f"{max(run['date'][:10] for run in runs)} ([every case, rival, memory and limit]({link})):",
         summary(cases),
     ]

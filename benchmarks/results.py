@@ -109,9 +109,8 @@ def machine() -> dict[str, str]:
     return {name.strip(): value.strip() for name, value in found.items()}
 
 
-def machine_name(found: dict) -> str:
-    """Of results: the GPU, or the processor with the instructions that ours use of it."""
-    about = found["machine"]
+def machine_name(about: dict[str, str]) -> str:
+    """Of what `machine` tells: the GPU, or the processor with the instructions that ours use of it."""
     instructions = re.search(r", \w+ instructions", about.get("backend cpp", ""))
     return about.get("cuda:0") or about["processor"] + (instructions[0] if instructions else "")
 

@@ -156,7 +156,7 @@ def _compare(found: dict, stored: dict, threshold: float) -> None:
     if not both:
         raise ValueError("--compare: the stored results and these have no case in common")
     Console(width=None if sys.stdout.isatty() else 120).print(results.comparison_table(changes, threshold))
-    before, now = map(results.machine_name, (stored, found))
+    before, now = (results.machine_name(run["machine"]) for run in (stored, found))
     if before != now:
         print(f"The stored results are of another machine: {before}; now {now}")
     lost = [change for change in both if change.regressed(threshold)]

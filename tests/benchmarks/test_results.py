@@ -82,4 +82,4 @@ def test_a_folder_of_results_has_the_cases_of_all(tmp_path):
     ],
 )
 def test_a_machine_is_named_by_what_runs_the_operators(about, name):
-    assert results.machine_name({"machine": about}) == name
+    assert results.machine_name(about) == name

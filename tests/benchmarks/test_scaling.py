@@ -84,7 +84,7 @@ def test_a_model_of_more_categories_than_are_compared_is_scored_on_these(monkeyp
     monkeypatch.setattr(scaling, "_knn", lambda catalogue, constant: (Detector(), 32))
     monkeypatch.setattr(scaling, "_apart", lambda function, *args: function(*args))
     monkeypatch.setattr(scaling, "rates", lambda *args: {"training": 2.0, "inference": 1.0, "peak_memory": 2**30})
-    monkeypatch.setattr(scaling, "best_time", lambda run, device, seconds: (run(), 0.5)[1])
+    monkeypatch.setattr(scaling.Call, "seconds", lambda call: (call.run(), 0.5)[1])
     monkeypatch.setattr(scaling, "_SCORED", 3)
     found = scaling.study((2, 5), ["dpdiff", scaling.KNN], None, 5)
     names = small(5).categories
