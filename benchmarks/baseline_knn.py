@@ -36,6 +36,7 @@ CANDIDATES = 65_536  # of a category's coreset
 NEIGHBOURS = 9  # that weight an image's score
 EXACT = 30_000  # bank size up to which every entry is compared
 RECALL = 0.99  # share of exact nearest neighbours that the search in larger banks must find
+SAMPLES = 16_000  # patches, at most, by which that share is known
 
 
 class PatchFeatures(nn.Module):
@@ -137,11 +138,12 @@ def build_banks(
     features: PatchFeatures, train: Sequence[Sample], categories: Sequence[str], image_size: int, share: float = SHARE
 ) -> dict[str, Bank]:
     banks = {}
+    n_samples = max(1, min(100, SAMPLES // len(categories)))
     for category in track(categories, "Building banks"):
         samples = [sample for sample in train if sample.category == category]
         loader = DataLoader(AnomalyDataset(samples, image_size), batch_size=16)
         patches = torch.cat([features(batch["image"]).flatten(0, 2) for batch in loader])
-        few = torch.randperm(len(patches), generator=torch.Generator().manual_seed(0))[:100]
+        few = torch.randperm(len(patches), generator=torch.Generator().manual_seed(0))[:n_samples]
         banks[category] = Bank(coreset(patches, share), patches[few])
     return banks
 
