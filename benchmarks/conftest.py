@@ -134,10 +134,12 @@ def limits(request: pytest.FixtureRequest, device: str) -> None:
     torch.set_num_threads(threads)
     with contextlib.suppress(ImportError):
         import faiss
+
+        faiss.omp_set_num_threads(threads)
+    with contextlib.suppress(ImportError):
         import sklearn  # noqa: F401
         from threadpoolctl import threadpool_limits
 
-        faiss.omp_set_num_threads(threads)
         threadpool_limits(threads)  # of all that is loaded by now
     if not request.config.getoption("benchmark_disable"):
         request.config.stash[_RECORD].limits = measure_limits(device)

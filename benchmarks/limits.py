@@ -2,7 +2,8 @@
 
     python -m benchmarks.limits [--device cuda]
 
-No operator that multiplies and reads as much as it must can take less time than its floor, which follows from these.
+From these follows a case's floor: the time of its products and copies at PyTorch's rates. It is a yardstick rather than
+a bound, since PyTorch's products aren't the fastest on every processor.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class Limits:
     threads: int
 
     def floor(self, flops: float, n_bytes: float, dtype: str) -> float:
-        """Least seconds for so many operations in matrix products of `dtype` and so many bytes moved."""
+        """Seconds of so many operations in matrix products of `dtype` or of so many bytes moved, whichever are more."""
         return max(flops / self.flops[dtype], n_bytes / self.bandwidth)
 
 

@@ -44,7 +44,8 @@ def roofline(cases: Sequence[dict], run: dict, stem: Path) -> None:
 
 
 def growing(cases: Sequence[dict], stem: Path) -> None:
-    """A panel per operator and axis, a line per contender and one for the limit."""
+    """A panel per operator and axis, a line per contender and one for the limit. A rival's time is ours times their
+    ratio: the times that were measured are minutes apart, in which a machine's speed drifts."""
     shown = [case for case in cases if "sweep" in case]
     if not shown:
         return
@@ -56,7 +57,9 @@ def growing(cases: Sequence[dict], stem: Path) -> None:
             axis, of_these = axes[i][j], [case for case in shown if case["sweep"][:2] == [operator, along]]
             places = [case["sweep"][2] for case in of_these]
             for name in dict.fromkeys(name for case in of_these for name in case["seconds"]):
-                axis.plot(places, [1e3 * case["seconds"].get(name, np.nan) for case in of_these], "o-", label=name)
+                ratios = [1.0 if name == OURS else case["ratios"].get(name, np.nan) for case in of_these]
+                times = [1e3 * case["seconds"][OURS] * ratio for case, ratio in zip(of_these, ratios)]
+                axis.plot(places, times, "o-", label=name)
             if along != "threads":  # the limit is of all of them
                 axis.plot(places, [1e3 * case["floor"] for case in of_these], "k:", label="limit")
             axis.set(xscale="log", yscale="log", xlabel=along)

@@ -142,13 +142,13 @@ def load(path: str | os.PathLike) -> dict:
     Raises FileNotFoundError, and ValueError for what `save` didn't write.
     """
     if Path(path).is_dir():
-        paths = sorted(Path(path).glob("*.json"))
-        files = [load(file) for file in paths if '"study"' not in file.read_text(encoding="utf-8")[:100]]
+        found = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(Path(path).glob("*.json"))]
+        files = [one for one in found if "cases" in one]  # not the scaling study
         if not files:
             raise FileNotFoundError(f"{path} holds no .json file of benchmarks")
         return files[-1] | {
-            "cases": [case for found in files for case in found["cases"]],
-            "skipped": {name: reason for found in files for name, reason in found["skipped"].items()},
+            "cases": [case for one in files for case in one["cases"]],
+            "skipped": {name: reason for one in files for name, reason in one["skipped"].items()},
         }
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))

@@ -1,5 +1,5 @@
 """How cost and accuracy go as categories grow, for DPDiff-AD on the fast and the plain operators and for unified k-NN,
-whose bank grows with the categories, so that an image costs ever more, or is of one size, that of 10 categories:
+whose bank, and with it the memory, grows with the categories, or is of one size, that of 10 categories:
 
     python -m benchmarks.scaling --trained-up-to 160 --json scaling.json --plot scaling
 
@@ -20,6 +20,7 @@ import argparse
 import json
 import multiprocessing
 import resource
+import shlex
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -211,9 +212,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error(f"--json {args.json} holds a study of other steps or of another machine: give another file")
         known = before["rows"]
 
+    command = shlex.join(["python", "-m", "benchmarks.scaling", *(sys.argv[1:] if arguments is None else arguments)])
+
     def save(found: dict) -> None:
         if args.json:
-            results.save(found, args.json)
+            results.save(found | {"command": command}, args.json)
 
     found = study(args.categories, args.models, args.steps, args.trained_up_to, known, save)
     if args.plot:

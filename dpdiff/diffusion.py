@@ -1,6 +1,7 @@
 """Noising and few-step reconstruction of vectors, on diffusers' schedulers."""
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from diffusers import DDIMScheduler
@@ -60,13 +61,12 @@ class Diffusion:
         """
         timesteps = [round(timestep - (timestep - min_timestep) * i / n_steps) for i in range(n_steps)]
         abar = self.scheduler.alphas_cumprod.to(x.device)
-        x = self.add_noise(x, noise, torch.full((x.shape[0],), timestep, device=x.device))
+        of_all = lambda t: torch.full((x.shape[0],), t, device=x.device)
+        x = self.add_noise(x, noise, of_all(timestep))
         if keep is not None:
             x = x * keep
-        for t, t_previous in zip(timesteps, [*timesteps[1:], -1]):
-            x0 = predict(x, torch.full((x.shape[0],), t, device=x.device))
-            if t_previous < 0:
-                return x0
+        for t, t_previous in pairwise(timesteps):
+            x0 = predict(x, of_all(t))
             eps = (x - abar[t].sqrt() * x0) / (1 - abar[t]).sqrt()
             x = abar[t_previous].sqrt() * x0 + (1 - abar[t_previous]).sqrt() * eps
-        return x
+        return predict(x, of_all(timesteps[-1]))

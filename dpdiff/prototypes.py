@@ -17,9 +17,7 @@ class LocalPrototypes(nn.Module):
     An image searches the few groups that it is routed to, so that the cost doesn't grow with the number of groups.
     """
 
-    def __init__(
-        self, n_groups: int, per_group: int, dim: int, n_places: int, k: int = 1, temperature: float = 0.1
-    ) -> None:
+    def __init__(self, n_groups: int, per_group: int, dim: int, n_places: int, k: int, temperature: float) -> None:
         super().__init__()
         self.k = k
         self.temperature = temperature

@@ -75,7 +75,7 @@ def _find_cuda() -> Backend:
         return Backend(False, _LIBRARY.reason)
     if not torch._C._dispatch_has_kernel_for_dispatch_key("dpdiff::sinkhorn", "CUDA"):
         return Backend(False, f"{_LIBRARY.reason.partition(',')[0]} was built without DPDIFF_BUILD_CUDA=1")
-    return Backend(True, "sinkhorn, from costs that the shared memory of a few multiprocessors holds")
+    return Backend(True, "sinkhorn alone, of costs of up to 4,096 columns")
 
 
 _LIBRARY = _load_library()
@@ -201,9 +201,14 @@ def _shortcoming(device: torch.device) -> str:
     """Why kernels for GPUs don't run on this one, if they don't."""
     if device.type != "cuda" or torch.version.hip:
         return ""
-    # torch.compile, which warns of caches, asks once anyway.
-    major, minor = (_capability if torch.compiler.is_compiling() else _known_capability)(device.index)
+    major, minor = capability(device)
     return "" if major >= 8 else f"cuda:{device.index} has compute capability {major}.{minor}, below 8.0"
+
+
+def capability(device: torch.device) -> tuple[int, int]:
+    """The compute capability of a CUDA device."""
+    # torch.compile, which warns of caches, asks once anyway.
+    return (_capability if torch.compiler.is_compiling() else _known_capability)(device.index)
 
 
 def _capability(index: int) -> tuple[int, int]:

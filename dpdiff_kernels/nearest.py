@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -87,9 +88,9 @@ def nearest_prototype(
     O(N K D) time, in which K counts the active prototypes only; the N x K scores are never held.
     """
     tokens, prototypes = _check_search(tokens, prototypes, k, metric, groups, active_groups)
-    implementation = _implementation("nearest_prototype", select(backend, _BACKENDS, tokens, prototypes))
+    operators = _OPERATORS[select(backend, _BACKENDS, tokens, prototypes)]
     tokens_, prototypes_, active_groups = _flatten(tokens, prototypes, active_groups)
-    result = implementation(tokens_, prototypes_, k, metric, groups, active_groups)
+    result = operators.nearest_prototype(tokens_, prototypes_, k, metric, groups, active_groups)
     return Nearest(*(t.reshape(*tokens.shape[:-1], k) for t in result))
 
 
@@ -125,9 +126,10 @@ def aggregate_nearest(
     """
     check_positive("temperature", temperature)
     tokens, prototypes = _check_search(tokens, prototypes, k, metric, groups, active_groups)
-    implementation = _implementation("aggregate_nearest", select(backend, _BACKENDS, tokens, prototypes))
+    operators = _OPERATORS[select(backend, _BACKENDS, tokens, prototypes)]
     tokens_, prototypes_, active_groups = _flatten(tokens, prototypes, active_groups)
-    values, *result = implementation(tokens_, prototypes_, k, metric, temperature, groups, active_groups)[:3]
+    found = operators.aggregate_nearest(tokens_, prototypes_, k, metric, temperature, groups, active_groups)
+    values, *result = found[:3]
     return Aggregated(values.reshape(tokens.shape), *(t.reshape(*tokens.shape[:-1], k) for t in result))
 
 
@@ -174,11 +176,13 @@ def prototype_statistics(
     if prototypes.shape[0] == 0 and math.prod(tokens.shape[:-1]) > 0:
         raise ValueError("prototypes is empty: expected at least 1 prototype for the tokens given")
     tokens, prototypes = tokens.detach(), prototypes.detach()
-    implementation = _implementation("prototype_statistics", select(backend, _BACKENDS, tokens, prototypes))
+    operators = _OPERATORS[select(backend, _BACKENDS, tokens, prototypes)]
     tokens = tokens.reshape(math.prod(tokens.shape[:-1]), tokens.shape[-1]).contiguous()
     if weights is not None:
         weights = weights.detach().to(reference.accumulation_dtype(tokens)).flatten().contiguous()
-    counts, sums, inertia = implementation(tokens, prototypes.contiguous(), metric, weights, with_inertia)
+    counts, sums, inertia = operators.prototype_statistics(
+        tokens, prototypes.contiguous(), metric, weights, with_inertia
+    )
     return PrototypeStatistics(counts, sums, inertia if with_inertia else None)
 
 
@@ -227,39 +231,35 @@ def _flatten(tokens: Tensor, prototypes: Tensor, active_groups: Tensor | None) -
     return tokens.reshape(n_batch, n, d), prototypes, active_groups
 
 
-def _implementation(name: str, backend: str) -> Callable:
-    return getattr(reference, name) if backend == "reference" else _OPERATORS[backend][name]
+def _fake_nearest(tokens, prototypes, k, *_):
+    shape = (tokens.shape[0], tokens.shape[1], k)
+    return tokens.new_empty(shape, dtype=torch.float32), tokens.new_empty(shape, dtype=torch.int64)
 
 
-def _register_fakes() -> None:
-    """What the native library's operators return, without running them."""
-
-    @torch.library.register_fake("dpdiff::nearest_prototype")
-    def _(tokens, prototypes, k, metric, groups, active_groups):
-        shape = (tokens.shape[0], tokens.shape[1], k)
-        return tokens.new_empty(shape, dtype=torch.float32), tokens.new_empty(shape, dtype=torch.int64)
-
-    @torch.library.register_fake("dpdiff::aggregate_nearest")
-    def _(tokens, prototypes, k, metric, temperature, groups, active_groups):
-        shape = (tokens.shape[0], tokens.shape[1], k)
-        dtypes = torch.float32, torch.int64, torch.float32
-        return tokens.new_empty(tokens.shape), *(tokens.new_empty(shape, dtype=dtype) for dtype in dtypes)
-
-    @torch.library.register_fake("dpdiff::nearest_backward")
-    def _(tokens, prototypes, indices, scores, weights, grad_values, grad_scores, metric, temperature, *wanted):
-        return tuple(t.new_empty(t.shape if want else 0) for t, want in zip((tokens, prototypes), wanted))
-
-    @torch.library.register_fake("dpdiff::prototype_statistics")
-    def _(tokens, prototypes, metric, weights, with_inertia):
-        k, d = prototypes.shape
-        return tuple(tokens.new_empty(shape, dtype=torch.float32) for shape in ((k,), (k, d), ()))
+def _fake_aggregate(tokens, prototypes, k, *_):
+    shape = (tokens.shape[0], tokens.shape[1], k)
+    dtypes = torch.float32, torch.int64, torch.float32
+    return tokens.new_empty(tokens.shape), *(tokens.new_empty(shape, dtype=dtype) for dtype in dtypes)
 
 
-def _register(namespace: str, *modules: Any) -> dict[str, Callable]:
-    """The operators by name, with their gradients; modules: as for `register`."""
+def _fake_backward(
+    tokens, prototypes, indices, scores, weights, grad_values, grad_scores, metric, temperature, *wanted
+):
+    return tuple(t.new_empty(t.shape if want else 0) for t, want in zip((tokens, prototypes), wanted))
 
-    def operator(name: str, backward: Callable | None = None, setup_context: Callable | None = None) -> Callable:
-        return register(f"{namespace}::{name}", None, backward, setup_context, *modules)
+
+def _fake_statistics(tokens, prototypes, *_):
+    k, d = prototypes.shape
+    return tuple(tokens.new_empty(shape, dtype=torch.float32) for shape in ((k,), (k, d), ()))
+
+
+def _register(namespace: str, *modules: Any) -> SimpleNamespace:
+    """The operators of `namespace`, with their fake kernels and gradients; modules: as for `register`."""
+
+    def operator(
+        name: str, fake: Callable, backward: Callable | None = None, setup_context: Callable | None = None
+    ) -> Callable:
+        return register(f"{namespace}::{name}", fake, backward, setup_context, *modules)
 
     def save(ctx, inputs, indices, scores, weights, metric, temperature):
         ctx.save_for_backward(*inputs[:2], indices, scores, weights)
@@ -270,7 +270,7 @@ def _register(namespace: str, *modules: Any) -> dict[str, Callable]:
     def second_backward(ctx, *_):
         raise RuntimeError("this nearest_prototype has no second derivative: pass backend='reference'")
 
-    nearest_backward = operator("nearest_backward", second_backward)
+    nearest_backward = operator("nearest_backward", _fake_backward, second_backward)
 
     def backward(ctx, grad_values, grad_scores):
         if grad_values is None and grad_scores is None:
@@ -280,24 +280,26 @@ def _register(namespace: str, *modules: Any) -> dict[str, Callable]:
         grads = nearest_backward(*ctx.saved_tensors, grad_values, grad_scores, ctx.metric, ctx.temperature, *wanted)
         return tuple(grad if needed else None for grad, needed in zip(grads, wanted))
 
-    return {
-        "nearest_prototype": operator(
+    return SimpleNamespace(
+        nearest_prototype=operator(
             "nearest_prototype",
+            _fake_nearest,
             lambda ctx, grad_scores, _: (*backward(ctx, None, grad_scores), *[None] * 4),
             lambda ctx, inputs, output: save(ctx, inputs, output[1], output[0], None, inputs[3], 1.0),
         ),
-        "aggregate_nearest": operator(
+        aggregate_nearest=operator(
             "aggregate_nearest",
+            _fake_aggregate,
             lambda ctx, grad_values, grad_scores, *_: (*backward(ctx, grad_values, grad_scores), *[None] * 5),
             lambda ctx, inputs, output: save(ctx, inputs, *output[2:0:-1], output[3], *inputs[3:5]),
         ),
-        "prototype_statistics": operator("prototype_statistics"),
-    }
+        prototype_statistics=operator("prototype_statistics", _fake_statistics),
+    )
 
 
-_OPERATORS: dict[str, dict[str, Callable]] = {}
+# All have the functions `nearest_prototype`, `aggregate_nearest` and `prototype_statistics` of `reference`.
+_OPERATORS: dict[str, Any] = {"reference": reference}
 if backends()["cpp"]:
-    _register_fakes()
     _OPERATORS["cpp"] = _register("dpdiff")
 if backends()["triton"]:
     import dpdiff_kernels.triton.nearest

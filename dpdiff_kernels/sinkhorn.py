@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dpdiff_kernels import reference
-from dpdiff_kernels.backends import backends, refuse_tangents, select
+from dpdiff_kernels.backends import backends, capability, refuse_tangents, select
 from dpdiff_kernels.checks import (
     check_choice,
     check_floats,
@@ -19,6 +19,8 @@ from dpdiff_kernels.checks import (
     widest_under_autocast,
 )
 from dpdiff_kernels.operators import observed, register
+
+_HELD = 400_000  # costs, about what the shared memory of eight blocks, the largest cluster, holds
 
 
 class Transport(NamedTuple):
@@ -244,14 +246,15 @@ def sinkhorn_points(
 
 
 def _implemented(cost: Tensor) -> tuple[str, ...]:
-    """The backends of `sinkhorn`, the fastest first: CUDA C++ where a cluster's shared memory holds the costs."""
+    """The backends of `sinkhorn`, the fastest first: CUDA C++ where blocks form clusters whose shared memory holds the
+    costs."""
     if not cost.is_cuda:  # a program for any N and M mustn't learn their limits on GPUs
         return "triton", "cpp", "reference"
     n, m = cost.shape[-2:]
     if m > 4096:  # which CUDA C++ doesn't take
         return "triton", "cpp", "reference"
-    on_gpus = ("cuda", "triton") if m <= 512 and n * m <= 400_000 else ("triton", "cuda")
-    return *on_gpus, "cpp", "reference"
+    held = m <= 512 and n * m <= _HELD and backends()["cuda"] and capability(cost.device) >= (9, 0)
+    return *(("cuda", "triton") if held else ("triton", "cuda")), "cpp", "reference"
 
 
 def _check_options(eps: float, n_iters: int, tol: float | None, tau_a: float | None, tau_b: float | None) -> None:

@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 
+from dpdiff._version import version_of
 from dpdiff.cli.bench import bench
 from dpdiff.cli.demo import demo
 from dpdiff.cli.evaluate import evaluate
@@ -53,9 +54,7 @@ def _root(
     if debug:
         os.environ["DPDIFF_DEBUG"] = "1"  # Lightning's processes for further devices are started with it
     if version:
-        from importlib.metadata import version as version_of
-
-        typer.echo(f"dpdiff {version_of('dpdiff')}")
+        typer.echo(f"dpdiff {version_of('dpdiff', 'not installed')}")
     elif context.invoked_subcommand is None:
         typer.echo(context.get_help())
 

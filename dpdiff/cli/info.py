@@ -11,6 +11,7 @@ import typer
 from dpdiff._version import version_of
 from dpdiff.cli.model_options import MODELS, defaults, model_class
 
+_FLAGS = {"max_steps": "steps", "num_workers": "workers"}  # of `dpdiff train`, where not of the function's names
 _LIBRARIES = ("torchvision", "timm", "lightning", "torchmetrics", "diffusers", "safetensors")
 
 
@@ -34,16 +35,20 @@ def info(
     for library in _LIBRARIES:
         print(f"{library:<16}  {version_of(library, 'not installed')}")
     of_all_models = {name: value for name, value in defaults(training.train).items() if value is not None}
+    del of_all_models["progress"]
     for name in MODELS:
         model = model_class(name)
         print(f"\n--model {name}, set with --set NAME=VALUE:")
         _print_options(defaults(model))
-        print(f"\n--model {name}, training:")
+        print(f"\n--model {name}, options of dpdiff train:")
         few, many = model.training_options(1), model.training_options(10**9)  # images
         own = {
             name: few[name] if few[name] == many[name] else f"{few[name]} to {many[name]}, by images" for name in few
         }
-        _print_options(own | of_all_models)
+        flags = {
+            f"--{_FLAGS.get(name, name).replace('_', '-')}": value for name, value in (own | of_all_models).items()
+        }
+        _print_options(flags)
 
 
 def _print_options(options: dict) -> None:

@@ -51,6 +51,7 @@ def train(
     ] = None,
     accumulate: Annotated[int, typer.Option(metavar="N", min=1, help="Batches per step.", **_TRAINING)] = 1,
     lr: Annotated[float | None, typer.Option(metavar="X", help="Highest learning rate.", **_TRAINING)] = None,
+    weight_decay: Annotated[float | None, typer.Option(metavar="X", help="Of weight matrices.", **_TRAINING)] = None,
     seed: Annotated[
         int, typer.Option(metavar="N", min=0, max=2**32 - 1, help="Of all that is random.", **_TRAINING)
     ] = 0,
@@ -82,6 +83,8 @@ def train(
     options = parse_settings(cls, [*settings, *(set_ or [])])
     if lr is not None and not 0 < lr < math.inf:
         raise ValueError(f"--lr is {lr}: expected a positive finite number")
+    if weight_decay is not None and not 0 <= weight_decay < math.inf:
+        raise ValueError(f"--weight-decay is {weight_decay}: expected a finite number of at least 0")
     check_writable(out, "--out", folder=True)
     _check_hardware(accelerator, devices, precision)
 
@@ -91,7 +94,7 @@ def train(
 
     fit = {"max_steps": steps, "batch_size": batch_size, "lr": lr, "checkpoint_interval": checkpoint_interval}
     fit |= {"seed": seed, "devices": devices, "accelerator": accelerator, "precision": precision}
-    fit |= {"accumulate": accumulate, "compile": compile}
+    fit |= {"accumulate": accumulate, "compile": compile, "weight_decay": weight_decay}
     fit = {name: value for name, value in fit.items() if value is not None}
     samples = read_catalogue(data, need="train").train
     options = cls.suggest(len(samples)) | options

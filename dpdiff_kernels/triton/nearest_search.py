@@ -68,7 +68,7 @@ def norms_kernel(rows, norms, n, d, R: tl.constexpr, BD: tl.constexpr):
 def _packing_scale(norm):
     """What scales a vector of this norm, float64, to `LENGTH`; 1 for a zero vector, 0 for what isn't finite."""
     usable = (norm > 0) & (norm < float("inf"))
-    scale = tl.minimum(LENGTH / tl.where(usable, norm, 1.0), _LARGEST_SCALE)
+    scale = tl.minimum(1.0 / (tl.where(usable, norm, 1.0) / LENGTH), _LARGEST_SCALE)
     return tl.where(usable, scale, tl.where(norm == 0, 1.0, 0.0)).to(tl.float32)
 
 
@@ -232,10 +232,10 @@ def settle_kernel(
     bank_length, lost = norm, 0.0
     if PACKED:
         scale, remainder = tl.load(scales + token), tl.load(remainders + token)
-        length = 1.001 * LENGTH + remainder
+        length = remainder + 1.001 * LENGTH
     if PACKED or METRIC == "cosine":
         lost = tl.load(bank_remainder + (0 if SHARED else image))
-        bank_length = 1.001 * LENGTH + lost
+        bank_length = lost + 1.001 * LENGTH
     if METRIC == "l2":
         bias = 0.5 * norm * scale * (LENGTH if PACKED else norm)
     error = length * lost + remainder * bank_length

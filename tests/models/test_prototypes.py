@@ -19,7 +19,7 @@ def blobs(n_blobs=6, per_blob=50, dim=8, seed=0):
 
 def test_a_group_is_the_cluster_centres_of_its_tokens():
     points = blobs()
-    prototypes = LocalPrototypes(3, 6, 8, 2)
+    prototypes = LocalPrototypes(3, 6, 8, 2, k=1, temperature=0.1)
     others = prototypes.bank.clone()
     places = points[:, :2].sign()
     prototypes.initialise(1, points, places, torch.Generator().manual_seed(0))
@@ -35,7 +35,7 @@ def test_a_group_is_the_cluster_centres_of_its_tokens():
 
 
 def test_fewer_tokens_than_prototypes():
-    prototypes = LocalPrototypes(1, 8, 2, 1)
+    prototypes = LocalPrototypes(1, 8, 2, 1, k=1, temperature=0.1)
     points = torch.tensor([[0.0, 0.0], [5.0, 0.0], [0.0, 5.0]])
     prototypes.initialise(0, points, torch.arange(1.0, 4.0)[:, None], torch.Generator().manual_seed(0))
     assert {tuple(p) for p in prototypes.bank.tolist()} <= {tuple(p) for p in points.tolist()}
@@ -47,6 +47,7 @@ def test_condition_is_the_softmax_of_the_nearest_prototypes(k):
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randn(2, 7, 5, generator=generator)
     prototypes = LocalPrototypes(3, 4, 5, 16, k=k, temperature=0.2)
+    prototypes.bank.normal_(generator=generator)
     active = torch.tensor([[0, 2], [1, 2]])
     condition, distances, indices = prototypes(tokens, active)
     whole, all_distances, _ = prototypes(tokens, None)
