@@ -47,6 +47,12 @@ $(VENV)/.torch: $(VENV)/.venv constraints.txt
 	$(PIP) install -c constraints.txt "setuptools>=77" wheel ninja
 	@touch $@
 
+# A CUDA build of torch has brought the Triton that it was made with. Beside a CPU build, kernels are tested with the oldest.
+$(VENV)/.test: | $(VENV)/.triton
+$(VENV)/.triton: $(VENV)/.torch
+	$(VENV)/bin/python -c 'import triton' 2>/dev/null || $(PIP) install "triton==3.6.0; platform_system == 'Linux' and platform_machine == 'x86_64'"
+	@touch $@
+
 # The project is installed in place. Its native library is built apart (below), where ninja knows what has changed.
 $(VENV)/.demo $(VENV)/.test: $(VENV)/.%: $(VENV)/.torch pyproject.toml
 	DPDIFF_BUILD_EXTENSION=0 $(PIP) install -c constraints.txt --no-build-isolation -e ".[$*]"
@@ -57,5 +63,5 @@ $(VENV)/.library: $(VENV)/.torch setup.py $(SOURCES)
 	@touch $@
 
 $(VENV)/.lint: $(VENV)/.venv
-	$(PIP) install ruff
+	$(PIP) install -c constraints.txt ruff
 	@touch $@

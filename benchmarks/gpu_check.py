@@ -102,7 +102,8 @@ def compile_cuda(job: tuple[Path, str]) -> list[Report]:
     from torch.utils.cpp_extension import include_paths
 
     file, arch = job
-    flags = ["-O3", "-std=c++17", "-DTORCH_TARGET_VERSION=0x020b000000000000", "-DUSE_CUDA", "-Xptxas", "-v"]
+    abi = re.search(r'ABI_VERSION = "(\w+)"', (ROOT / "setup.py").read_text(encoding="utf-8"))[1]
+    flags = ["-O3", "-std=c++17", f"-DTORCH_TARGET_VERSION={abi}", "-DUSE_CUDA", "-Xptxas", "-v"]
     flags += [f"-I{path}" for path in include_paths()]
     with tempfile.TemporaryDirectory() as folder:
         target = ["-gencode", f"arch={arch.replace('sm', 'compute')},code={arch}"]

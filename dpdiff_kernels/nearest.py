@@ -123,6 +123,8 @@ def aggregate_nearest(
 
     Raises:
         TypeError, ValueError: as for `nearest_prototype`.
+
+    Beside the search, O(N k D) time, and as much in the backward pass.
     """
     check_positive("temperature", temperature)
     tokens, prototypes = _check_search(tokens, prototypes, k, metric, groups, active_groups)
@@ -164,6 +166,8 @@ def prototype_statistics(
 
     Raises:
         TypeError, ValueError: an argument's type, dtype, shape, device or value is wrong.
+
+    O(N K D) time; beyond the results, a number or two for each token.
     """
     tokens, prototypes = _check_operands(tokens, prototypes)
     check_choice("metric", metric, METRICS)
