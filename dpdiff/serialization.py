@@ -16,7 +16,13 @@ _KEY = "dpdiff"
 
 
 def save(model: nn.Module, path: str | os.PathLike) -> None:
-    """Writes a model's weights, backbone included, and configuration to one safetensors file, whole or not at all."""
+    """Writes a model's weights, backbone included, and configuration to one safetensors file, whole or not at all.
+
+    A compiled model is saved as what was compiled. Raises TypeError for what `load` couldn't make again.
+    """
+    model = getattr(model, "_orig_mod", model)  # of torch.compile
+    if type(model) not in _classes().values():
+        raise TypeError(f"model is a {type(model).__name__}: expected one of {', '.join(_classes())}")
     header = {"model": type(model).__name__, "config": model.config, "version": version_of("dpdiff", "unknown")}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     with atomic_write(path) as tmp:

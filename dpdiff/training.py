@@ -180,7 +180,8 @@ def train(
         `model`, trained, in evaluation mode.
 
     Raises:
-        ValueError: no samples; a checkpoint in `out` that is damaged, or of another model, other images or options.
+        ValueError: no samples; training diverged; a checkpoint in `out` that is damaged, or of another model, other
+            images or options.
         SystemExit: 143, after SIGTERM.
     """
     out = Path(out)
@@ -261,6 +262,8 @@ def train(
     if trainer.is_global_zero:
         some = _in_batches(features, spread(len(features)), "Calibrating", show)
         model.calibrate(model.encode(reduced) for reduced in some)
+        if not all(value.isfinite().all() for value in model.state_dict().values()):
+            raise ValueError("training diverged, weights are infinite or NaN: expected a lower lr")
         save(model, out / WEIGHTS)
     return model
 

@@ -19,6 +19,8 @@ def check_floats(**tensors: Tensor) -> None:
             raise TypeError(f"{name} is a {type(tensor).__name__}: expected a torch.Tensor")
         if tensor.dtype not in FLOATS:
             raise TypeError(f"{name} has dtype {tensor.dtype}: expected float32, float16, bfloat16 or float64")
+        if tensor.layout != torch.strided:
+            raise TypeError(f"{name} has layout {tensor.layout}: expected a dense tensor")
         if first is None:
             first_name, first = name, tensor
         elif tensor.dtype != first.dtype:
@@ -38,6 +40,11 @@ def check_shape(name: str, tensor: Tensor, *expected: tuple[int, ...]) -> None:
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name} is {value!r}: expected {', '.join(map(repr, choices))}")
+
+
+def check_bool(name: str, value: bool) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} is {value!r}: expected a bool")
 
 
 def check_int(name: str, value: int, least: int) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from dpdiff_kernels import reference
 from dpdiff_kernels.backends import backends, select
 from dpdiff_kernels.checks import (
+    check_bool,
     check_choice,
     check_floats,
     check_groups,
@@ -171,6 +172,7 @@ def prototype_statistics(
     """
     tokens, prototypes = _check_operands(tokens, prototypes)
     check_choice("metric", metric, METRICS)
+    check_bool("with_inertia", with_inertia)
     _check_prototypes(prototypes, tokens.shape[-1])
     if weights is not None:
         check_floats(weights=weights)

@@ -80,7 +80,7 @@ def _rows(prototypes: Tensor, indices: Tensor) -> Tensor:
     return prototypes[batch[:, None, None], indices]
 
 
-def _unit(x: Tensor) -> Tensor:
+def unit(x: Tensor) -> Tensor:
     """x / |x|, and zero (with a zero gradient) where x is zero."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     return torch.where(norm == 0, 0.0, x / torch.where(norm == 0, 1.0, norm))
@@ -92,7 +92,7 @@ def _scores(x: Tensor, rows: Tensor, metric: str) -> Tensor:
     if metric == "l2":
         return (x - rows).square().sum(-1)
     if metric == "cosine":
-        x, rows = _unit(x), _unit(rows)
+        x, rows = unit(x), unit(rows)
     return (x * rows).sum(-1)
 
 
@@ -123,7 +123,7 @@ def _nearest_indices(
 def _nearest_in_chunk(tokens: Tensor, prototypes: Tensor, k: int, metric: str, available: Tensor | None) -> Tensor:
     x, p = tokens.double(), prototypes.double()
     if metric == "cosine":
-        x, p = _unit(x), _unit(p)
+        x, p = unit(x), unit(p)
     distance = -(x @ p.mT)
     xx = x.square().sum(-1, keepdim=True)
     pp = p.square().sum(-1).unsqueeze(-2)
@@ -418,9 +418,10 @@ def dual_value(
 
 
 def _marginal_gradient(potential: Tensor, other_mass: Tensor, eps: float, tau: float | None) -> Tensor:
-    """d value / d weight at the optimum."""
+    """d value / d weight at the optimum; zero where nothing reaches, for infinity would spoil all that is upstream."""
     relative = 1.0 if tau is None else (-potential / tau).exp()
-    return _conjugate(potential, tau) + eps * (other_mass.unsqueeze(-1) - relative)
+    gradient = _conjugate(potential, tau) + eps * (other_mass.unsqueeze(-1) - relative)
+    return torch.where(potential == torch.inf, 0.0, gradient)
 
 
 def envelope_gradients(

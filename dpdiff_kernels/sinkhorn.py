@@ -10,6 +10,7 @@ from torch import Tensor
 from dpdiff_kernels import reference
 from dpdiff_kernels.backends import backends, capability, refuse_tangents, select
 from dpdiff_kernels.checks import (
+    check_bool,
     check_choice,
     check_floats,
     check_int,
@@ -130,11 +131,11 @@ def sinkhorn(
     n_iters, and none of another problem. N or M of 0: an empty plan; the other side's weights count as not connected.
 
     Gradients reach cost, a and b. Through `value` by the envelope theorem, at the price of one pass: the plan for cost,
-    f + eps (sum b - 1) for a, g + eps (sum a - 1) for b (the potentials, for weights that sum to 1); exact at
-    convergence. Through plan, cost, f and g as exact derivatives of the iterations that ran, converged or not: the
-    backward pass runs them again and holds n_iters (N + M) numbers (cpp: of one problem per thread at a time), never
-    n_iters N M. There, zero weights and infinite costs get a zero gradient. Second derivatives: on the reference all,
-    elsewhere those of value only. No backend has forward-mode derivatives: an error.
+    f + eps (sum b - 1) for a, g + eps (sum a - 1) for b (the potentials, for weights that sum to 1; zero where they
+    are infinite); exact at convergence. Through plan, cost, f and g as exact derivatives of the iterations that ran,
+    converged or not: the backward pass runs them again and holds n_iters (N + M) numbers (cpp: of one problem per
+    thread at a time), never n_iters N M. There, zero weights and infinite costs get a zero gradient. Second
+    derivatives: on the reference all, elsewhere those of value only. No backend has forward-mode ones: an error.
 
     Work: O(N M) per iteration.
 
@@ -154,6 +155,7 @@ def sinkhorn(
     if cost.dim() < 2:
         raise ValueError(f"cost has shape {tuple(cost.shape)}: expected (..., N, M)")
     _check_options(eps, n_iters, tol, tau_a, tau_b)
+    check_bool("return_plan", return_plan)
     *batch, n, m = cost.shape
     name = select(backend, _implemented(cost), cost, a, b)
     size = math.prod(batch)
@@ -231,7 +233,7 @@ def sinkhorn_points(
     if a is not None or b is not None:
         _check_masses(flat_a, flat_b, x.dtype, balanced=tau_a is None and tau_b is None)
     if metric == "cosine":
-        flat_x, flat_y = (torch.nn.functional.normalize(p.double(), dim=-1).to(dtype) for p in (flat_x, flat_y))
+        flat_x, flat_y = (reference.unit(p.double()).to(dtype) for p in (flat_x, flat_y))
     points = flat_x, flat_y, flat_a, flat_b
     f, g, value, used, error = _OPERATORS[name].sinkhorn_points(*points, eps, n_iters, tol, tau_a, tau_b, metric)
     h_x, h_y = reference.log_weighted(f, flat_a, eps), reference.log_weighted(g, flat_b, eps)
@@ -339,10 +341,12 @@ def _register(namespace: str, *modules: Any) -> SimpleNamespace:
 
     def backward(ctx, of_plan, of_f, of_g, of_total, of_value, *_):
         cost, a, b, plan, f, g, used = ctx.saved_tensors
-        eps, n_iters, _, tau_a, tau_b, _ = ctx.options
+        eps, n_iters, _, tau_a, tau_b, has_plan = ctx.options
         grads, given = [None] * 3, (of_plan, of_f, of_g, of_total)
         if any(grad is not None for grad in given):
             grads = ops.sinkhorn_backward(cost, a, b, used, *given, eps, n_iters, tau_a, tau_b)
+        if of_value is not None and not has_plan:
+            plan = ops.sinkhorn(cost, a, b, *ctx.options[:-1], True)[0]
         if of_value is not None:
             needed = ctx.needs_input_grad[:3]
             direct = reference.envelope_gradients(of_value, a, b, f, g, plan, eps, tau_a, tau_b, needed)

@@ -156,10 +156,12 @@ struct Side {
     }
   }
 
-  // Whether zero weights have scalings from which a potential can be told.
+  // Whether zero weights have scalings, and where these don't tell of them sums, from which a potential can be told.
   bool zeros_fit() const {
     for (int64_t i = 0; has_zeros && i < n; ++i) {
-      if (given[i] == 0 && !unreached[i] && !(scaling[i] > kLeastScaling && scaling[i] < kMostScaling)) return false;
+      if (given[i] != 0 || unreached[i]) continue;
+      if (!(scaling[i] > kLeastScaling && scaling[i] < kMostScaling)) return false;
+      if (relaxed() && !(sums[i] > 1 / kMostScaling && sums[i] < 1 / kLeastScaling)) return false;
     }
     return true;
   }

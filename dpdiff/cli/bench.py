@@ -14,7 +14,7 @@ import typer
 
 from dpdiff.cli.inputs import check_writable, find_device
 
-bench = typer.Typer(rich_markup_mode="markdown", no_args_is_help=True)
+bench = typer.Typer(rich_markup_mode="markdown", invoke_without_command=True)
 
 Kind = Literal["cpu", "cuda"]
 Device = Annotated[Kind, typer.Option(help="Where operands lie.")]
@@ -27,11 +27,13 @@ Budget = Annotated[float, typer.Option(metavar="S", min=0, help="Seconds of timi
 
 
 @bench.callback()
-def _bench() -> None:
+def _bench(context: typer.Context) -> None:
     """Measure the operators and models beside their rivals, on this machine. Runs in a clone of the source tree.
 
     Example: `dpdiff bench ops --json before.json`, and after a change `dpdiff bench ops --compare before.json`
     """
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
 
 
 @bench.command()

@@ -18,6 +18,7 @@ from dpdiff.cli.inputs import (
     OnCorrupt,
     Weights,
     Workers,
+    check_different,
     check_writable,
     data_folder,
     find_device,
@@ -63,6 +64,7 @@ def evaluate(
     for path, option in ((json, "--json"), (report, "--report")):
         if path is not None:
             check_writable(path, option, folder=False)
+    check_different(weights=weights, json=json, report=report)
     import dpdiff
     from dpdiff import evaluation
     from dpdiff.data import AnomalyDataset

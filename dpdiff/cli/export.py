@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from dpdiff.cli.inputs import Device, Weights, check_writable, find_device
+from dpdiff.cli.inputs import Device, Weights, check_different, check_writable, find_device
 
 
 def export(
@@ -30,6 +30,7 @@ def export(
     Example: `dpdiff export --weights runs/mvtec/model.safetensors --out detector.pt2`
     """
     check_writable(out, "--out", folder=False)
+    check_different(weights=weights, out=out)
     import dpdiff
     from dpdiff.export import export as write_program
 

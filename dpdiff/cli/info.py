@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -39,16 +40,16 @@ def info(
     for name in MODELS:
         model = model_class(name)
         print(f"\n--model {name}, set with --set NAME=VALUE:")
-        _print_options(defaults(model))
+        _print_options(defaults(model) | _by_images(model.suggest))
         print(f"\n--model {name}, options of dpdiff train:")
-        few, many = model.training_options(1), model.training_options(10**9)  # images
-        own = {
-            name: few[name] if few[name] == many[name] else f"{few[name]} to {many[name]}, by images" for name in few
-        }
-        flags = {
-            f"--{_FLAGS.get(name, name).replace('_', '-')}": value for name, value in (own | of_all_models).items()
-        }
-        _print_options(flags)
+        options = _by_images(model.training_options) | of_all_models
+        _print_options({f"--{_FLAGS.get(name, name).replace('_', '-')}": value for name, value in options.items()})
+
+
+def _by_images(options_for: Callable[[int], dict]) -> dict:
+    """What a model chooses for so many training images, as a range where it follows them."""
+    few, many = options_for(1), options_for(10**9)
+    return {name: few[name] if few[name] == many[name] else f"{few[name]} to {many[name]}, by images" for name in few}
 
 
 def _print_options(options: dict) -> None:

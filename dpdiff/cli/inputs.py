@@ -100,6 +100,18 @@ def find_device(name: str | None) -> torch.device:
         raise ValueError(f"--device is {name!r}, which can't be used here: {str(error).splitlines()[0]}") from error
 
 
+def check_different(**paths: Path | None) -> None:
+    """Refuses two options that name one file, of which the second written would replace the first."""
+    options: dict[str, str] = {}
+    for name, path in paths.items():
+        if path is None or (path.exists() and not path.is_file()):  # /dev/stdout may serve twice
+            continue
+        option, real = f"--{name}", os.path.realpath(path)
+        if real in options:
+            raise ValueError(f"{option} {path} is the file of {options[real]} too: expected another one")
+        options[real] = option
+
+
 def check_writable(path: Path, option: str, *, folder: bool) -> None:
     """Refuses a place that can't be written to; makes nothing yet."""
     if folder and path.exists() and not path.is_dir():

@@ -88,7 +88,7 @@ def find_images(given: Sequence[Path], out: Path) -> tuple[list[Path], dict[Path
         if not path.exists():
             raise FileNotFoundError(f"image or folder {path} does not exist")
         tops.append(os.path.abspath(path if path.is_dir() else path.parent))
-        if path.is_dir() and _real(path) == _real(out):
+        if _real(Path(tops[-1])) == _real(out):
             raise ValueError(f"--out {out} is the folder of the images: expected another one")
         found = list(walk_images(path)) if path.is_dir() else [path]
         if path.is_dir() and _real(out).is_relative_to(_real(path)):

@@ -98,7 +98,7 @@ def train(
     fit = {name: value for name, value in fit.items() if value is not None}
     samples = read_catalogue(data, need="train").train
     options = cls.suggest(len(samples)) | options
-    record = {"data": canonical(data), "on_corrupt": on_corrupt, "model": model}
+    record = {"data": canonical(data), "images": len(samples), "on_corrupt": on_corrupt, "model": model}
     record |= defaults(cls) | options | defaults(training.train) | cls.training_options(len(samples)) | fit
     record = {name: value for name, value in record.items() if name not in _UNRECORDED}
 
@@ -106,7 +106,7 @@ def train(
     if resume and (result.exists() or checkpoint.exists()):
         _check_same_run(out, record)
         if result.exists():
-            print(f"{result} is trained already, with the same options; --no-resume trains it anew")
+            print(f"{result} is trained already, with the same options and as many images; --no-resume trains it anew")
             return
 
     torch.manual_seed(seed)  # of the weights that training begins with

@@ -35,6 +35,8 @@ def scan_visa(root: Path) -> Catalogue:
         if missing:
             raise ValueError(f"{split} lacks the columns {', '.join(sorted(missing))}")
         for row in rows:
+            if None in row.values():
+                raise ValueError(f"{split}, line {rows.line_num}, lacks columns: expected {', '.join(rows.fieldnames)}")
             image, category = _inside(root, row["image"], split), row["object"]
             if row["label"] == "normal":
                 samples = catalogue.train if row["split"] == "train" else catalogue.test
@@ -111,6 +113,8 @@ def _real_iad_images(root: Path, category: str, image: str) -> Path | None:
 
 def _inside(folder: Path, path: str, source: Path) -> Path:
     """``folder / path``, refusing a path that leads out of the data set."""
+    if not isinstance(path, str):
+        raise ValueError(f"{source} names {path!r}: expected a path")
     if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
         raise ValueError(f"{source} names {path!r}, which lies outside of {folder}")
     return folder / path

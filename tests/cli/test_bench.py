@@ -46,6 +46,11 @@ def test_where_the_study_is_to_draw_is_checked_before_it_runs(dpdiff, tmp_path, 
     assert outcome.code == 2 and "curves.svg is a folder" in outcome.error
 
 
+def test_without_a_command_it_shows_its_help(dpdiff):
+    outcome = dpdiff("bench")
+    assert (outcome.code, outcome.err) == (0, "") and "scaling" in outcome.out
+
+
 def test_what_is_wrong_with_the_input_is_code_2(dpdiff, tmp_path):
     (tmp_path / "other.json").write_text("{}")
     assert "holds no benchmark results" in dpdiff("bench", "ops", "--compare", tmp_path / "other.json").error

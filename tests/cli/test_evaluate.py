@@ -8,6 +8,8 @@ import pytest
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 
+import dpdiff as package
+
 IMAGE = {"image_auroc", "image_ap", "image_f1max"}
 PIXEL = {"pixel_auroc", "pixel_ap", "pixel_f1max", "aupro"}
 
@@ -54,6 +56,13 @@ def test_a_category_without_test_images_is_named(dpdiff, make_data, weights, tmp
     outcome = dpdiff("evaluate", "--data", data, "--weights", weights, "--json", tmp_path / "out.json")
     assert outcome.code == 0 and "left out: cloth" in outcome.out
     assert set(json.loads((tmp_path / "out.json").read_text())["categories"]) == {"bolt"}
+
+
+def test_one_file_for_two_things_is_refused(dpdiff, data, weights, tmp_path):
+    for options in (("--json", weights), ("--json", tmp_path / "x", "--report", tmp_path / "x")):
+        outcome = dpdiff("evaluate", "--data", data, "--weights", weights, *options)
+        assert outcome.code == 2 and "expected another one" in outcome.error
+    package.load(weights)
 
 
 def test_names_are_shown_as_they_are(dpdiff, make_data, weights, tmp_path):

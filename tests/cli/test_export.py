@@ -44,6 +44,15 @@ def test_a_portable_program_runs_without_this_package(dpdiff, weights, tmp_path,
     torch.testing.assert_close(torch.load(data), package.load(weights).predict(images).scores, rtol=1e-4, atol=1e-4)
 
 
+def test_a_name_without_suffix_will_do_and_that_of_the_weights_not(dpdiff, weights, tmp_path, images):
+    assert dpdiff("export", "--weights", weights, "--out", tmp_path / "detector").code == 0
+    assert "scores" in torch.export.load(tmp_path / "detector").module()(images)
+    before = weights.read_bytes()
+    outcome = dpdiff("export", "--weights", weights, "--out", weights)
+    assert outcome.code == 2 and f"--out {weights} is the file of --weights too" in outcome.error
+    assert weights.read_bytes() == before
+
+
 def test_a_program_that_differs_is_not_written(weights, tmp_path, monkeypatch):
     model = package.load(weights)
     file = tmp_path / "detector.pt2"

@@ -123,6 +123,9 @@ class TestRefuses:
 
         return run
 
+    def test_the_folder_of_an_image(self, refused, photos):
+        assert "is the folder of the images" in refused(photos / "top.png", out=photos)
+
     def test_missing_image(self, refused, photos):
         assert "missing.png does not exist" in refused(photos, photos / "missing.png")
 
@@ -151,5 +154,5 @@ class TestRefuses:
 
     def test_a_heat_map_in_the_place_of_an_image(self, refused, photos):
         before = (photos / "a/1.png").read_bytes()
-        assert "would replace the image" in refused(photos / "a/1.png", out=photos / "a")
+        assert "would replace the image" in refused(photos / "a/1.png", photos / "c/1.jpg", out=photos)
         assert (photos / "a/1.png").read_bytes() == before

@@ -65,6 +65,20 @@ def test_the_same_run_again_is_done_and_another_is_refused(train, tmp_path):
     assert json.loads((tmp_path / "run" / "options.json").read_text())["max_steps"] == 5
 
 
+def test_a_run_of_more_images_is_another(train, data, tmp_path):
+    shutil.copytree(data / "bolt/train/good", tmp_path / "photos")
+    assert train(data=tmp_path / "photos").code == 0
+    shutil.copy(next((tmp_path / "photos").iterdir()), tmp_path / "photos" / "one_more.png")
+    outcome = train(data=tmp_path / "photos")
+    assert outcome.code == 2 and "images" in outcome.error and "--no-resume" in outcome.error
+
+
+def test_training_that_diverges_writes_no_model(train, tmp_path):
+    outcome = train("--lr", "1e30", steps=12)
+    assert outcome.code == 2 and "training diverged" in outcome.error
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
 @pytest.mark.parametrize("record", [None, "[]", "{"])
 def test_a_model_of_unknown_origin_is_not_overwritten(train, weights, tmp_path, record):
     (tmp_path / "run").mkdir()
@@ -121,6 +135,8 @@ REFUSED = {
     "no value": (["--set", "k"], "expected name=value"),
     "the same twice": (["--set", "image_size=96"], "image_size is given twice"),
     "learning rate": (["--lr", "-1"], "--lr is -1.0"),
+    "weight decay": (["--weight-decay", "-1"], "--weight-decay is -1.0: expected a finite number of at least 0"),
+    "unknown tag": (["--backbone", "resnet18.none", "--set", "pretrained=false"], "backbone: Invalid pretrained tag"),
     "infinite learning rate": (["--lr", "inf"], "--lr is inf: expected a positive finite number"),
     "seed": (["--seed", 2**32], "--seed"),
     "weight of no number": (["--set", "ot_weight=nan"], "ot_weight is nan: expected a finite number, 0 or more"),

@@ -42,6 +42,14 @@ def test_visa_without_its_split_is_not_taken_for_good_images(tmp_path):
         scan(tmp_path)
 
 
+def test_a_row_of_visa_without_all_columns_is_named(tmp_path):
+    split = visa_original(tmp_path) / "split_csv" / "1cls.csv"
+    with split.open("a") as file:
+        file.write("pcb1,train\n")
+    with pytest.raises(ValueError, match=r"1cls\.csv, line 6, lacks columns: expected object, split, label"):
+        scan(tmp_path)
+
+
 def test_the_folders_around_and_in_visa_are_not_taken_for_good_images(tmp_path):
     visa = visa_original(tmp_path / "data" / "VisA")
     for root in (visa / "pcb1", tmp_path / "data"):

@@ -155,6 +155,7 @@ def test_fewer_different_tokens_than_prototypes(metric):
         (ValueError, "init holds NaN or Inf", dict(init=torch.eye(3)[:2] / 0)),
         (ValueError, r"tokens has shape \(6,\)", dict(tokens=torch.ones(6))),
         (TypeError, "tokens is a NoneType: expected a torch.Tensor", dict(tokens=None)),
+        (ValueError, "backend is 'fast'", dict(backend="fast", n_iters=0)),
         (TypeError, "generator is 5: expected a torch.Generator", dict(generator=5)),
         (TypeError, "init has dtype torch.float64", dict(init=torch.ones(2, 3).double())),
     ],

@@ -49,6 +49,8 @@ def test_other_errors():
         dk.prototype_statistics(torch.ones(2, 4), torch.ones(3, 4), weights=torch.ones(3))
     with pytest.raises(ValueError, match=r"prototypes has shape \(2, 3, 4\): expected \('K', 4\)"):
         dk.prototype_statistics(torch.ones(2, 2, 4), torch.ones(2, 3, 4))
+    with pytest.raises(TypeError, match="with_inertia is 1: expected a bool"):
+        dk.prototype_statistics(torch.ones(2, 4), torch.ones(3, 4), with_inertia=1)
     with pytest.raises(TypeError, match="prototypes is a NoneType"):
         dk.prototype_statistics(torch.ones(2, 4), None)
     for d in (4, 0):

@@ -33,6 +33,8 @@ def test_a_matrix_on_another_device():
         ({"tol": -1e-3}, ValueError, "tol is -0.001"),
         ({"tau_a": 0.0}, ValueError, "tau_a is 0.0"),
         ({"tau_b": -1.0}, ValueError, "tau_b is -1.0"),
+        ({"return_plan": "no"}, TypeError, "return_plan is 'no': expected a bool"),
+        ({"cost": torch.eye(4).to_sparse()}, TypeError, "cost has layout torch.sparse_coo: expected a dense tensor"),
         ({"backend": "fast"}, ValueError, "backend is 'fast'"),
     ],
 )

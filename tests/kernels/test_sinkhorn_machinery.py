@@ -133,11 +133,9 @@ def test_opcheck_of_transposed_inputs():
 def test_opcheck(shape):
     cost, a, b = (x.requires_grad_() for x in random_problem(*shape, dtype=torch.float32))
     for tol, tau, plan in ((None, None, True), (1e-2, 0.5, False)):
-        if not plan:
-            cost = cost.detach()
-            a, b = a.detach(), b.detach()
         torch.library.opcheck(torch.ops.dpdiff.sinkhorn.default, (cost, a, b, 0.1, 4, tol, tau, tau, plan))
     used = torch.full(shape[:1], 4)
+    cost, a, b = (x.detach() for x in (cost, a, b))
     args = cost, a, b, used, torch.rand(shape), torch.rand(a.shape), None, torch.rand(shape[:1]), 0.1, 4, None, 0.5
     torch.library.opcheck(torch.ops.dpdiff.sinkhorn_backward.default, args)
 

@@ -43,6 +43,20 @@ def test_points_agree_with_their_cost(backend, metric, tau, monkeypatch):
 
 
 @each_backend
+def test_cosine_of_zero_and_of_tiny_vectors(backend):
+    """A zero vector has similarity 0 to all and gradient 0; a tiny one has a direction."""
+    x, y = points(4, 5, 3, dtype=torch.float32)
+    x[0], x[1] = 0, x[1] * 1e-15
+    x.requires_grad_()
+    u = dk.sinkhorn_points(x, y, metric="cosine", backend=backend)
+    directions = torch.nn.functional.normalize(x.detach().double(), dim=-1, eps=1e-40)
+    cost = 1 - directions @ torch.nn.functional.normalize(y.double(), dim=-1).mT
+    torch.testing.assert_close(u.value, dk.sinkhorn(cost).value.float(), rtol=1e-5, atol=1e-6)
+    (grad,) = torch.autograd.grad(u.value, x)
+    assert (grad[0] == 0).all() and grad[2:].isfinite().all() and (grad[2:] != 0).any()
+
+
+@each_backend
 def test_points_stop_early_and_report(backend):
     x, y = points(30, 20, 4, 3, dtype=torch.float32)
     x = x * torch.tensor([0.1, 1.0, 4.0])[:, None, None]

@@ -158,7 +158,7 @@ def test_unknown_names_and_layers():
     with pytest.raises(ValueError, match="did you mean resnet18"):
         Backbone("resnt18")
     with pytest.raises(ValueError, match="tag"):
-        Backbone("resnet18.no_such_tag")
+        Backbone("resnet18.no_such_tag", pretrained=False)
     for layers in ([5], [-6], [], [3, 2], [1, 1]):
         with pytest.raises(ValueError, match=r"layers is \[.*\]: expected increasing indices within 0\.\.4"):
             Backbone(layers=layers, pretrained=False)

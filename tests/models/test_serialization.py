@@ -53,6 +53,13 @@ def test_round_trip_is_exact(model, file):
     torch.testing.assert_close(loaded.predict(images), model.predict(images), rtol=0, atol=0)
 
 
+def test_a_compiled_model_is_saved_as_itself_and_others_are_refused(model, file, tmp_path):
+    dpdiff.save(torch.compile(model), tmp_path / "compiled.safetensors")
+    assert (tmp_path / "compiled.safetensors").read_bytes() == file.read_bytes()
+    with pytest.raises(TypeError, match="model is a Linear: expected one of DPDiffAD, DLSR"):
+        dpdiff.save(torch.nn.Linear(2, 2), tmp_path / "linear.safetensors")
+
+
 def test_saving_again_writes_the_same_bytes(file, tmp_path):
     dpdiff.save(dpdiff.load(file), tmp_path / "again.safetensors")
     assert (tmp_path / "again.safetensors").read_bytes() == file.read_bytes()
