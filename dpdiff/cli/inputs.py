@@ -95,9 +95,12 @@ def find_device(name: str | None) -> torch.device:
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.zeros(0, device=name).device
+        there = torch.zeros(1, device=name)
+        there.cpu()  # "meta" has no numbers
     except Exception as error:  # an unknown name, a device that isn't there, a torch built without it
-        raise ValueError(f"--device is {name!r}, which can't be used here: {str(error).splitlines()[0]}") from error
+        reason = str(error).splitlines()[0].partition(". ")[0]  # torch goes on with all that it knows
+        raise ValueError(f"--device is {name!r}, which can't be used here: {reason}") from error
+    return there.device
 
 
 def check_different(**paths: Path | None) -> None:

@@ -120,7 +120,8 @@ class TestRefuses:
         assert "no test image" in refused(tmp_path / "data/bolt/train")
 
     def test_device(self, refused):
-        assert "--device is 'abacus'" in refused(None, "--device", "abacus")
+        for device in ("abacus", "meta"):
+            assert f"--device is {device!r}" in refused(None, "--device", device)
 
     def test_a_folder_in_the_place_of_a_file(self, refused, tmp_path):
         (tmp_path / "folder").mkdir()
