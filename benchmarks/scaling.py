@@ -66,7 +66,7 @@ def rates(model: str, n_categories: int) -> dict:
 
 
 def _rate(run: Callable[[], object], n_images: int) -> float:
-    """Images/s, by the fastest of as many calls as fit in four seconds; by the first, where that alone takes seconds."""
+    """Images/s, by the fastest of as many calls as fit in four seconds; by the first, where it alone takes seconds."""
     call = Call.warmed_up(run, "cpu")
     rounds = call.rounds(4.0)
     return n_images / (min(call.seconds() for _ in range(rounds)) if rounds > 1 else call.once)
