@@ -126,8 +126,8 @@ def page(runs: Sequence[dict], studies: Sequence[dict], command: str, figures: s
             "Rates are of DPDiff-AD at the size that `dpdiff train` takes for so many categories; with the plain "
             "operators and more than 160 of two images at a time, else of 16. They are not measured in turns, as "
             "operators are, so that one row and another differ by what the machine's speed drifts as well. Accuracy is "
-            "of the same categories at every size, shared out to as many models as it takes. Peak memory of k-NN is that "
-            "of building its bank as well."
+            "of the same categories at every size, shared out to as many models as it takes. Peak memory of k-NN is "
+            "that of building its bank as well."
         ]
         parts += [f"![Speed, memory and accuracy as categories grow]({figures}/categories.svg)", table(header, rows)]
     for operator in dict.fromkeys(case["operator"] for case in cases if "sweep" not in case):
