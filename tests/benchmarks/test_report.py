@@ -69,8 +69,9 @@ def test_figures_are_written_and_shown(found, tmp_path):
 
 def test_the_scaling_study_has_its_figure_and_table(found, tmp_path):
     rows = [{"model": "dpdiff", "categories": 10, "training": 21.5, "peak_memory": 2**30, "aupro": 0.912}]
-    study = {"study": "scaling", "date": found["date"], "steps": 20, "machine": found["machine"], "rows": rows}
-    page = run(tmp_path, found, study)
+    about = {"date": found["date"], "machine": found["machine"], "command": "python -m benchmarks.scaling"}
+    page = run(tmp_path, found, {"study": "scaling", "steps": 20, "rows": rows} | about)
+    assert "python -m benchmarks.scaling\n" in page
     assert "| dpdiff | 10 | 21.5 |  | 1.00 |  |  | 0.912 |" in page
     assert "(page/categories.svg)" in page and (tmp_path / "docs" / "page" / "categories.svg").exists()
 
