@@ -159,7 +159,7 @@ def _apart(function: Callable, *args) -> dict:
 
 
 def describe(row: dict) -> str:
-    rates = ", ".join(f"{name} {row[name]:.1f} images/s" for name in ("training", "inference") if name in row)
+    rates = ", ".join(f"{name} {_images(row[name])} images/s" for name in ("training", "inference") if name in row)
     figures = "".join(f", {name} {row[name]:.3f}" for name in FIGURES if name in row)
     return f"{row['categories']:>5} categories, {row['model']}: {rates}, {row['peak_memory'] / 2**30:.2f} GiB{figures}"
 
@@ -168,7 +168,13 @@ def shown(row: dict, name: str) -> str:
     """A quantity of a row as text, empty where it wasn't measured."""
     if name not in row:
         return ""
-    return f"{row[name] / 2**30:.2f}" if name == "peak_memory" else f"{row[name]:.{3 if name in FIGURES else 1}f}"
+    if name == "peak_memory":
+        return f"{row[name] / 2**30:.2f}"
+    return f"{row[name]:.3f}" if name in FIGURES else _images(row[name])
+
+
+def _images(per_second: float) -> str:
+    return f"{per_second:.1f}" if per_second >= 1 else f"{per_second:.2g}"
 
 
 def plot(found: dict, stem: str) -> None:
