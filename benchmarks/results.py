@@ -142,19 +142,26 @@ def load(path: str | os.PathLike) -> dict:
     Raises FileNotFoundError, and ValueError for what `save` didn't write.
     """
     if Path(path).is_dir():
-        found = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(Path(path).glob("*.json"))]
-        files = [one for one in found if "cases" in one]  # not the scaling study
+        files = [one for one in map(_read, sorted(Path(path).glob("*.json"))) if "cases" in one]  # not studies
         if not files:
             raise FileNotFoundError(f"{path} holds no .json file of benchmarks")
         return files[-1] | {
             "cases": [case for one in files for case in one["cases"]],
             "skipped": {name: reason for one in files for name, reason in one["skipped"].items()},
         }
+    found = _read(path)
+    if "cases" not in found:
+        raise ValueError(f"{path} holds no benchmark results: expected what --json writes")
+    return found
+
+
+def _read(path: str | os.PathLike) -> dict:
+    """What a run or a study has saved."""
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError:
         found = None
-    if not isinstance(found, dict) or "cases" not in found:
+    if not isinstance(found, dict) or not found.keys() & {"cases", "study"}:
         raise ValueError(f"{path} holds no benchmark results: expected what --json writes")
     return found
 

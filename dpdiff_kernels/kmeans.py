@@ -9,7 +9,7 @@ from torch import Tensor
 from dpdiff_kernels import reference
 from dpdiff_kernels.backends import select
 from dpdiff_kernels.checks import check_choice, check_floats, check_int, check_shape, under_autocast
-from dpdiff_kernels.nearest import nearest_prototype, prototype_statistics
+from dpdiff_kernels.nearest import BACKENDS, nearest_prototype, prototype_statistics
 
 # Elements of a chunk (64 MB in float32): the iterations convert one at a time.
 _CHUNK = 1 << 24
@@ -63,7 +63,7 @@ def kmeans(
     check_int("n_prototypes", n_prototypes, 1)
     check_int("n_iters", n_iters, 0)
     check_choice("metric", metric, ("l2", "cosine"))
-    select(backend, ("triton", "cpp", "reference"), tokens)  # before any work, and where no iteration would ask
+    select(backend, BACKENDS, tokens)  # before any work, and where no iteration would ask
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"generator is {generator!r}: expected a torch.Generator")
     if n_prototypes > len(tokens):

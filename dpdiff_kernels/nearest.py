@@ -23,7 +23,7 @@ from dpdiff_kernels.checks import (
 from dpdiff_kernels.operators import register
 
 METRICS = ("cosine", "dot", "l2")
-_BACKENDS = ("triton", "cpp", "reference")
+BACKENDS = ("triton", "cpp", "reference")
 
 
 class Nearest(NamedTuple):
@@ -89,7 +89,7 @@ def nearest_prototype(
     O(N K D) time, in which K counts the active prototypes only; the N x K scores are never held.
     """
     tokens, prototypes = _check_search(tokens, prototypes, k, metric, groups, active_groups)
-    operators = _OPERATORS[select(backend, _BACKENDS, tokens, prototypes)]
+    operators = _OPERATORS[select(backend, BACKENDS, tokens, prototypes)]
     tokens_, prototypes_, active_groups = _flatten(tokens, prototypes, active_groups)
     result = operators.nearest_prototype(tokens_, prototypes_, k, metric, groups, active_groups)
     return Nearest(*(t.reshape(*tokens.shape[:-1], k) for t in result))
@@ -129,7 +129,7 @@ def aggregate_nearest(
     """
     check_positive("temperature", temperature)
     tokens, prototypes = _check_search(tokens, prototypes, k, metric, groups, active_groups)
-    operators = _OPERATORS[select(backend, _BACKENDS, tokens, prototypes)]
+    operators = _OPERATORS[select(backend, BACKENDS, tokens, prototypes)]
     tokens_, prototypes_, active_groups = _flatten(tokens, prototypes, active_groups)
     found = operators.aggregate_nearest(tokens_, prototypes_, k, metric, temperature, groups, active_groups)
     values, *result = found[:3]
@@ -182,7 +182,7 @@ def prototype_statistics(
     if prototypes.shape[0] == 0 and math.prod(tokens.shape[:-1]) > 0:
         raise ValueError("prototypes is empty: expected at least 1 prototype for the tokens given")
     tokens, prototypes = tokens.detach(), prototypes.detach()
-    operators = _OPERATORS[select(backend, _BACKENDS, tokens, prototypes)]
+    operators = _OPERATORS[select(backend, BACKENDS, tokens, prototypes)]
     tokens = tokens.reshape(math.prod(tokens.shape[:-1]), tokens.shape[-1]).contiguous()
     if weights is not None:
         weights = weights.detach().to(reference.accumulation_dtype(tokens)).flatten().contiguous()

@@ -345,9 +345,9 @@ def _register(namespace: str, *modules: Any) -> SimpleNamespace:
         grads, given = [None] * 3, (of_plan, of_f, of_g, of_total)
         if any(grad is not None for grad in given):
             grads = ops.sinkhorn_backward(cost, a, b, used, *given, eps, n_iters, tau_a, tau_b)
-        if of_value is not None and not has_plan:
-            plan = ops.sinkhorn(cost, a, b, *ctx.options[:-1], True)[0]
         if of_value is not None:
+            if not has_plan:
+                plan = ops.sinkhorn(cost, a, b, *ctx.options[:-1], True)[0]
             needed = ctx.needs_input_grad[:3]
             direct = reference.envelope_gradients(of_value, a, b, f, g, plan, eps, tau_a, tau_b, needed)
             grads = _sums(grads, direct)
