@@ -160,7 +160,8 @@ def sinkhorn(
     name = select(backend, _implemented(cost), cost, a, b)
     size = math.prod(batch)
     dtype = reference.accumulation_dtype(cost)
-    flat_cost = cost.reshape(size, n, m).to(dtype)
+    flat = len(batch) == 1  # then no views: for small problems their price is felt
+    flat_cost = (cost if flat else cost.reshape(size, n, m)).to(dtype)
     flat_a = _weights("a", a, batch, n, flat_cost)
     flat_b = _weights("b", b, batch, m, flat_cost)
     if a is not None or b is not None:
@@ -168,13 +169,12 @@ def sinkhorn(
     problem = flat_cost, flat_a, flat_b, eps, n_iters, tol, tau_a, tau_b
     # the plan is also the gradient of value with respect to cost
     keep_plan = return_plan or (torch.is_grad_enabled() and any(t.requires_grad for t in problem[:3]))
-    plan, f, g, *scalars = _OPERATORS[name].sinkhorn(*problem, keep_plan)
-    return Transport(
-        plan.view(*batch, n, m) if return_plan else None,
-        f.view(*batch, n),
-        g.view(*batch, m),
-        *(x.view(batch) for x in scalars),
-    )
+    plan, *others = _OPERATORS[name].sinkhorn(*problem, keep_plan)
+    if not return_plan:
+        plan = None
+    if flat:
+        return Transport(plan, *others)
+    return Transport(*(None if x is None else x.view((*batch, *x.shape[1:])) for x in (plan, *others)))
 
 
 def sinkhorn_points(

@@ -1,12 +1,5 @@
 // Vectors of any length in double, and the exact scores of single pairs. Included by nearest_kernels.h.
 
-DPDIFF_INLINE vdouble widen(vfloat_half v) {
-#if defined(DPDIFF_AVX512)
-  return (vdouble)_mm512_cvtps_pd((__m256)v);  // GCC 12 converts in two halves
-#else
-  return __builtin_convertvector(v, vdouble);
-#endif
-}
 constexpr int kHalf = kWidth / 2;  // lanes of a vdouble
 DPDIFF_INLINE vdouble load_double(const float* p) {
   vfloat_half v;

@@ -197,6 +197,41 @@ DPDIFF_INLINE vfloat interleave_low(vfloat a, vfloat b) { return __builtin_shuff
 DPDIFF_INLINE vfloat interleave_high(vfloat a, vfloat b) { return __builtin_shufflevector(a, b, 2, 6, 3, 7); }
 #endif
 
+// Halves of a vector, by shuffles: one copied out of memory would keep the vector in memory from then on.
+#if DPDIFF_WIDTH == 16
+DPDIFF_INLINE vfloat_half low_half(vfloat v) { return __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7); }
+DPDIFF_INLINE vfloat_half high_half(vfloat v) { return __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15); }
+DPDIFF_INLINE vfloat join(vfloat_half low, vfloat_half high) {
+  return __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+}
+#elif DPDIFF_WIDTH == 8
+DPDIFF_INLINE vfloat_half low_half(vfloat v) { return __builtin_shufflevector(v, v, 0, 1, 2, 3); }
+DPDIFF_INLINE vfloat_half high_half(vfloat v) { return __builtin_shufflevector(v, v, 4, 5, 6, 7); }
+DPDIFF_INLINE vfloat join(vfloat_half low, vfloat_half high) {
+  return __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7);
+}
+#else
+DPDIFF_INLINE vfloat_half low_half(vfloat v) { return __builtin_shufflevector(v, v, 0, 1); }
+DPDIFF_INLINE vfloat_half high_half(vfloat v) { return __builtin_shufflevector(v, v, 2, 3); }
+DPDIFF_INLINE vfloat join(vfloat_half low, vfloat_half high) { return __builtin_shufflevector(low, high, 0, 1, 2, 3); }
+#endif
+
+// Between float32 and float64, kWidth / 2 numbers at a time; GCC 12 would convert 8 in two steps.
+DPDIFF_INLINE vdouble widen(vfloat_half v) {
+#if defined(DPDIFF_AVX512)
+  return (vdouble)_mm512_cvtps_pd((__m256)v);
+#else
+  return __builtin_convertvector(v, vdouble);
+#endif
+}
+DPDIFF_INLINE vfloat_half narrow(vdouble v) {
+#if defined(DPDIFF_AVX512)
+  return (vfloat_half)_mm512_cvtpd_ps((__m512d)v);
+#else
+  return __builtin_convertvector(v, vfloat_half);
+#endif
+}
+
 // Transposes a kWidth x kWidth matrix of 32-bit values of any kind, one row a vector: log2(kWidth) perfect shuffles.
 DPDIFF_INLINE void transpose(vfloat (&rows)[kWidth]) {
 #pragma GCC unroll 4

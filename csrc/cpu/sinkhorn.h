@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cfloat>
 
 #include <torch/csrc/stable/ops.h>
 

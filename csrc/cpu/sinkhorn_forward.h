@@ -280,20 +280,21 @@ class Sinkhorn {
     double cost[kMostChunks] = {}, mass[kMostChunks] = {}, error[kMostChunks] = {};
     for_chunks([&](int64_t chunk, int64_t first, int64_t last, float* scratch) {
       std::fill_n(partial(chunk), width_, 0.0f);
+      LaneSums of_quads, mass_of_quads, off_quads;  // whose quads are alike
       for (; first < last; ++first) {
         const float* block = kernel(first, scratch, scaled && Source::kStored);
         for (int r = 0; r < kWidth; r += kGroup) {
-          vfloat sums[kGroup], costs[kGroup];
+          vfloat sums[kGroup] = {}, costs[kGroup] = {};
           finish_group(block, first * kWidth, r, partial(chunk), sums, costs);
-          const vfloat of_rows = sum_rows(sums), of_costs = sum_rows(costs);
-          const vfloat off = of_rows - load_quad(rows_.target + first * kWidth + r);
-          for (int k = 0; k < kGroup; ++k) {
-            cost[chunk] += of_costs[k];
-            mass[chunk] += of_rows[k];
-            error[chunk] += std::abs(off[k]);
-          }
+          const vfloat of_rows = sum_rows(sums);
+          of_quads.add(sum_rows(costs));
+          mass_of_quads.add(of_rows);
+          off_quads.add(absolute(of_rows - load_quad(rows_.target + first * kWidth + r)));
         }
       }
+      cost[chunk] = of_quads.total() / kGroups;
+      mass[chunk] = mass_of_quads.total() / kGroups;
+      error[chunk] = off_quads.total() / kGroups;
       stream_end();
     });
     for (int64_t chunk = 1; chunk < chunks_; ++chunk) {
@@ -316,33 +317,48 @@ class Sinkhorn {
     *problem_.n_iters = used_;
   }
 
-  // Writes rows r to r + 3 of the plan of a block, sums them and their costs, and adds them to the column sums.
+  // Writes rows r to r + 3 of the plan of a block, and adds it to the sums of rows and columns and, times the costs, to `costs`.
   DPDIFF_INLINE void finish_group(const float* block, int64_t i, int r, float* column_sums, vfloat (&sums)[kGroup],
                                   vfloat (&costs)[kGroup]) const {
-    const int64_t m = columns_.n, row = i + r;
-    float* plan = problem_.plan == nullptr ? nullptr : problem_.plan + row * m;
-    const int n_written = plan == nullptr ? 0 : int(std::clamp<int64_t>(rows_.n - row, 0, kGroup));
-    const bool past_caches = problem_.streams && m % kWidth == 0 && uintptr_t(plan) % sizeof(vfloat) == 0;
-    const auto costs_of = source_.block(i);
     vfloat u[kGroup];
-    for (int k = 0; k < kGroup; ++k) u[k] = broadcast(rows_.moved[row + k]), sums[k] = costs[k] = vfloat{};
-    for (int64_t j = 0; j < width_; j += kWidth) {
-      const vfloat v = load(columns_.moved + j);
-      vfloat column = load(column_sums + j);
+    spread(load_quad(rows_.moved + i + r), u);
+    const auto go = [&](const auto& cost, const auto& write) __attribute__((always_inline)) {
+      for (int64_t j = 0; j < width_; j += kWidth) {
+        const vfloat v = load(columns_.moved + j);
+        vfloat column = load(column_sums + j);
 #pragma GCC unroll 4
-      for (int k = 0; k < kGroup; ++k) {
-        const vfloat p = u[k] * load(entry(block, width_, j, r + k)) * v;
-        sums[k] += p;
-        column += p;
-        if constexpr (Source::kStored) costs[k] += p * finite(costs_of.load(r + k, j));
-        if (k >= n_written) continue;
-        if (past_caches) {
-          stream(plan + k * m + j, p);
-        } else {
-          store_first(plan + k * m + j, p, m - j);
+        for (int k = 0; k < kGroup; ++k) {
+          const vfloat p = u[k] * load(entry(block, width_, j, r + k)) * v;
+          sums[k] += p;
+          column += p;
+          costs[k] += p * minimum(cost(k, j), broadcast(FLT_MAX));  // 0 where the cost is infinite, as the plan is
+          write(k, j, p);
         }
+        store(column_sums + j, column);
       }
-      store(column_sums + j, column);
+    };
+    const auto nothing = [](int, int64_t, vfloat) {};
+    if constexpr (Source::kStored) {
+      const int64_t m = columns_.n, row = i + r;
+      float* plan = problem_.plan == nullptr ? nullptr : problem_.plan + row * m;
+      const auto costs_of = source_.block(i);
+      if (row + kGroup > rows_.n || m % kWidth != 0) {
+        go([&](int k, int64_t j) { return costs_of.load(r + k, j); },
+           [&](int k, int64_t j, vfloat p) {
+             if (plan != nullptr && row + k < rows_.n) store_first(plan + k * m + j, p, m - j);
+           });
+        return;
+      }
+      const auto whole = [&](int k, int64_t j) { return load(costs_of.first + (r + k) * m + j); };
+      if (plan == nullptr) {
+        go(whole, nothing);
+      } else if (problem_.streams && uintptr_t(plan) % sizeof(vfloat) == 0) {
+        go(whole, [&](int k, int64_t j, vfloat p) { stream(plan + k * m + j, p); });
+      } else {
+        go(whole, [&](int k, int64_t j, vfloat p) { store(plan + k * m + j, p); });
+      }
+    } else {
+      go([](int, int64_t) { return vfloat{}; }, nothing);
     }
   }
 

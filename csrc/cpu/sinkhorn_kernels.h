@@ -6,11 +6,18 @@
 #include "sinkhorn_forward.h"
 #include "sinkhorn_logs.h"
 #include "sinkhorn_lanes.h"
+#include "sinkhorn_transposed.h"
 #include "sinkhorn_backward.h"
+
+// Whether scalings of the kernel of zero potentials may do, for a given number of iterations.
+inline bool plain(const SinkhornOptions& options, int64_t n, int64_t m) {
+  return n * m > 0 && options.n_iters > 0 && options.tol == 0 && options.tau_a == INFINITY && options.tau_b == INFINITY;
+}
 
 // How many problems sinkhorn_dense should be given at a time.
 int64_t sinkhorn_together(const SinkhornOptions& options, int64_t n, int64_t m) {
-  return LaneSinkhorn::suits(options, n, m) ? kWidth : 1;
+  if (!plain(options, n, m)) return 1;
+  return LaneSinkhorn::suits(n, m) ? kWidth : std::max<int64_t>(TransposedSinkhorn::together(n, m), 1);
 }
 
 // Problems of one shape, whose costs follow each other.
@@ -18,9 +25,13 @@ void sinkhorn_dense(const float* cost, const SinkhornOptions& options, const Sin
                     Arena& arena, bool parallel) {
   const int64_t n = problems->n, m = problems->m;
   vint solved{};
-  if (LaneSinkhorn::suits(options, n, m)) {
-    arena.reset();
-    solved = LaneSinkhorn(cost, options, problems, int(count), arena).solve();
+  arena.reset();
+  if (plain(options, n, m)) {
+    if (LaneSinkhorn::suits(n, m)) {
+      solved = LaneSinkhorn(cost, options, problems, int(count), arena).solve();
+    } else if (TransposedSinkhorn::together(n, m) > 0) {
+      solved = TransposedSinkhorn(cost, options, problems, int(count), arena).solve();
+    }
   }
   for (int64_t i = 0; i < count; ++i) {
     if (solved[i]) continue;

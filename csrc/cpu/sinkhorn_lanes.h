@@ -2,24 +2,12 @@
 // for its scaling others are under way. The iterations are those of Sinkhorn (sinkhorn_forward.h) on the kernel of zero
 // potentials; a problem that needs more than that, for its costs, weights or scalings, is left to Sinkhorn.
 
-constexpr int64_t kMostPairsOfLanes = 4096;  // the kernels of all lanes stay in the second cache
+constexpr int64_t kFirstCache = 40 * 1024;  // bytes of kernels, beside which there is room for vectors
 constexpr int kLaneRows = kWidth / 2;        // rows at a time, of which two sets and more fit in registers
-
-// The sums of a number for each lane, in float64.
-struct LaneSums {
-  vdouble low, high;
-
-  LaneSums() : low{}, high{} {}
-  DPDIFF_INLINE void add(vfloat x) { low += widen_low(x), high += widen_high(x); }
-  double operator[](int lane) const { return lane < kWidth / 2 ? low[lane] : high[lane - kWidth / 2]; }
-};
 
 class LaneSinkhorn {
  public:
-  static bool suits(const SinkhornOptions& options, int64_t n, int64_t m) {
-    return n * m > 0 && n * m <= kMostPairsOfLanes && options.n_iters > 0 && options.tol == 0 &&
-           options.tau_a == INFINITY && options.tau_b == INFINITY;
-  }
+  static bool suits(int64_t n, int64_t m) { return round_up(n, kLaneRows) * m * kWidth * int64_t(sizeof(float)) <= kFirstCache; }
 
   // Of problems of one shape, at most kWidth.
   LaneSinkhorn(const float* cost, const SinkhornOptions& options, const SinkhornProblem* problems, int count, Arena& arena)
@@ -263,8 +251,6 @@ class LaneSinkhorn {
     }
     return sums;
   }
-
-  static DPDIFF_INLINE vfloat absolute(vfloat x) { return maximum(x, -x); }
 
   const float* cost_;
   const SinkhornOptions& options_;

@@ -89,12 +89,17 @@ struct Side {
 
   // False where a weight has no meaning.
   bool check() {
-    for (int64_t i = 0; i < n; ++i) {
-      if (!(given[i] >= 0 && given[i] < INFINITY)) return false;
-      mass += given[i];
-      has_zeros |= given[i] == 0;
+    LaneSums sums;
+    vint good = ~vint{}, zeros{};
+    for (int64_t i = 0; i < padded; i += kWidth) {
+      const vfloat some = load_first(given + i, n - i, 1.0f);
+      good &= (some >= vfloat{}) & (some < broadcast(INFINITY));
+      zeros |= some == vfloat{};
+      sums.add(load(weight + i));
     }
-    return true;
+    mass = sums.total();
+    has_zeros = any(zeros);
+    return !any(~good);
   }
 
   void leave_out(int64_t i) {

@@ -39,6 +39,14 @@ DPDIFF_INLINE vfloat load_quad(const float* p) {
 }
 DPDIFF_INLINE void store_quad(float* p, vfloat v) { memcpy(p, &v, kGroup * sizeof(float)); }
 
+// Of a quad, alike in all quads: each number in all lanes.
+DPDIFF_INLINE void spread(vfloat quads, vfloat (&numbers)[kGroup]) {
+  numbers[0] = DPDIFF_PICK(quads, quads, 0, 0, 0, 0);
+  numbers[1] = DPDIFF_PICK(quads, quads, 1, 1, 1, 1);
+  numbers[2] = DPDIFF_PICK(quads, quads, 2, 2, 2, 2);
+  numbers[3] = DPDIFF_PICK(quads, quads, 3, 3, 3, 3);
+}
+
 // The sums of four vectors.
 DPDIFF_INLINE vfloat sum_rows(const vfloat (&rows)[kGroup]) {
   const vfloat x = DPDIFF_PICK(rows[0], rows[1], 0, 4, 1, 5) + DPDIFF_PICK(rows[0], rows[1], 2, 6, 3, 7);
@@ -152,9 +160,8 @@ inline void sweep_wide(const float* kernel, int64_t n_groups, int64_t width, con
       if (j < width) rows[r] += load(kernel + j * kGroup + r * kWidth) * load(v + j);
       rows[r] += odd[r];
     }
-    const vfloat scaled = update(i, sum_rows(rows));
-    const vfloat u[kGroup] = {DPDIFF_PICK(scaled, scaled, 0, 0, 0, 0), DPDIFF_PICK(scaled, scaled, 1, 1, 1, 1),
-                              DPDIFF_PICK(scaled, scaled, 2, 2, 2, 2), DPDIFF_PICK(scaled, scaled, 3, 3, 3, 3)};
+    vfloat u[kGroup];
+    spread(update(i, sum_rows(rows)), u);
     for (int64_t j = 0; j < width; j += kWidth) {
       const float* tile = kernel + j * kGroup;
       const vfloat even = load(column_sums + j) + u[0] * load(tile) + u[2] * load(tile + 2 * kWidth);

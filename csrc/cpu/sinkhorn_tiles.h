@@ -15,27 +15,32 @@ DPDIFF_INLINE vdouble load(const double* p) {
 }
 DPDIFF_INLINE void store(double* p, vdouble v) { memcpy(p, &v, sizeof v); }
 
-DPDIFF_INLINE vdouble widen_low(vfloat v) {
-  vfloat_half half;
-  memcpy(&half, &v, sizeof half);
-  return __builtin_convertvector(half, vdouble);
-}
-DPDIFF_INLINE vdouble widen_high(vfloat v) {
-  vfloat_half half;
-  memcpy(&half, reinterpret_cast<const char*>(&v) + sizeof half, sizeof half);
-  return __builtin_convertvector(half, vdouble);
-}
-DPDIFF_INLINE vfloat narrow(vdouble low, vdouble high) {
-  const vfloat_half halves[2] = {__builtin_convertvector(low, vfloat_half), __builtin_convertvector(high, vfloat_half)};
-  vfloat v;
-  memcpy(&v, halves, sizeof v);
-  return v;
-}
+// The halves of a vector, in float64.
+DPDIFF_INLINE vdouble widen_low(vfloat v) { return widen(low_half(v)); }
+DPDIFF_INLINE vdouble widen_high(vfloat v) { return widen(high_half(v)); }
+DPDIFF_INLINE vfloat narrow(vdouble low, vdouble high) { return join(narrow(low), narrow(high)); }
+
+// The sums of a number for each lane, in float64.
+struct LaneSums {
+  vdouble low, high;
+
+  LaneSums() : low{}, high{} {}
+  DPDIFF_INLINE void add(vfloat x) { low += widen_low(x), high += widen_high(x); }
+  double operator[](int lane) const { return lane < kWidth / 2 ? low[lane] : high[lane - kWidth / 2]; }
+  double total() const {
+    const vdouble both = low + high;
+    double sum = 0;
+    for (int i = 0; i < kWidth / 2; ++i) sum += both[i];
+    return sum;
+  }
+};
 
 // (f + g_j - cost_j) * scale: the difference in float64, for it is small where it matters and its parts are not.
 DPDIFF_INLINE vfloat exponent(double f, const double* g, vfloat cost, double scale) {
   return narrow((f + load(g) - widen_low(cost)) * scale, (f + load(g + kWidth / 2) - widen_high(cost)) * scale);
 }
+
+DPDIFF_INLINE vfloat absolute(vfloat x) { return maximum(x, -x); }
 
 // The cost, or 0 where it is infinite: the plan is 0 there, and their product should be.
 DPDIFF_INLINE vfloat finite(vfloat cost) { return select(cost < broadcast(INFINITY), cost, vfloat{}); }

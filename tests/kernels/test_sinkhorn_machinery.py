@@ -49,7 +49,7 @@ def test_points_compile(backend):
 
 
 @needs_cpp
-@pytest.mark.parametrize("shape", [(13, 7), (8, 16), (33, 20), (64, 64)])
+@pytest.mark.parametrize("shape", [(13, 7), (8, 16), (33, 20), (32, 32), (30, 41), (9, 120), (130, 5), (64, 64)])
 def test_small_problems_are_solved_together_as_they_are_alone(shape):
     """To the bit, whatever their neighbours are: such too that need stabilising, weigh nothing or have no solution."""
     cost, a, b = random_problem(21, *shape, dtype=torch.float32)
@@ -60,6 +60,8 @@ def test_small_problems_are_solved_together_as_they_are_alone(shape):
     a[7, 0], a[7, 1] = 0, a[7, :2].sum()
     a[8] = b[8] = 0
     cost[9], a[9] = 0, torch.full(shape[:1], 1 / shape[0])
+    cost[10] -= 0.5
+    a[11], b[11] = a[11] * 1e-7, b[11] * 1e-7
     together = dk.sinkhorn(cost, a, b, eps=0.05, n_iters=60, backend="cpp")
     for i in range(len(cost)):
         alone = dk.sinkhorn(cost[i], a[i], b[i], eps=0.05, n_iters=60, backend="cpp")
