@@ -8,6 +8,8 @@
 // result doesn't depend on the number of threads.
 constexpr int64_t kMostChunks = 32;
 
+constexpr int64_t kLeastInPlan = int64_t(1) << 20;  // pairs: kernels that stay in a second cache have memory of their own
+
 inline int64_t chunks_of(int64_t n, int64_t m) {
   return std::max<int64_t>(std::min({n * m >> 16, kMostChunks, tiles_of(n)}), 1);
 }
@@ -26,7 +28,9 @@ class Sinkhorn {
         blocks_(rows_.padded / kWidth),
         width_(columns_.padded),
         chunks_(chunks_of(problem.n, problem.m)),
-        sweep_(choose_sweep(width_)) {
+        sweep_(choose_sweep(width_)),
+        in_plan_(Source::kStored && problem.plan != nullptr && problem.n * problem.m >= kLeastInPlan &&
+                 problem.n % kWidth == 0 && problem.m % kWidth == 0) {
     next_scaling_ = rows_.floats(arena);
     next_moved_ = rows_.floats(arena);
     next_target_ = rows_.floats(arena);
@@ -34,7 +38,7 @@ class Sinkhorn {
     partial_ = arena.take<float>(chunks_ * width_);
     totals_ = arena.take<Totals>(chunks_);
     scratch_ = arena.take<float>(parallel ? 0 : width_ * kWidth);
-    kernel_ = Source::kStored ? arena.take<float>(blocks_ * width_ * kWidth) : nullptr;
+    kernel_ = !Source::kStored ? nullptr : in_plan_ ? problem.plan : arena.take<float>(blocks_ * width_ * kWidth);
   }
 
   void solve() {
@@ -283,6 +287,7 @@ class Sinkhorn {
       LaneSums of_quads, mass_of_quads, off_quads;  // whose quads are alike
       for (; first < last; ++first) {
         const float* block = kernel(first, scratch, scaled && Source::kStored);
+        if (in_plan_ && scaled) block = std::copy_n(block, width_ * kWidth, scratch) - width_ * kWidth;
         for (int r = 0; r < kWidth; r += kGroup) {
           vfloat sums[kGroup] = {}, costs[kGroup] = {};
           finish_group(block, first * kWidth, r, partial(chunk), sums, costs);
@@ -352,7 +357,7 @@ class Sinkhorn {
       const auto whole = [&](int k, int64_t j) { return load(costs_of.first + (r + k) * m + j); };
       if (plan == nullptr) {
         go(whole, nothing);
-      } else if (problem_.streams && uintptr_t(plan) % sizeof(vfloat) == 0) {
+      } else if (problem_.streams && !in_plan_ && uintptr_t(plan) % sizeof(vfloat) == 0) {
         go(whole, [&](int k, int64_t j, vfloat p) { stream(plan + k * m + j, p); });
       } else {
         go(whole, [&](int k, int64_t j, vfloat p) { store(plan + k * m + j, p); });
@@ -394,6 +399,7 @@ class Sinkhorn {
   Side rows_, columns_;
   const int64_t blocks_, width_, chunks_;  // of rows_.padded, columns_.padded
   Sweep* const sweep_;
+  const bool in_plan_;  // the plan's memory is the kernel's, until a block of it becomes the plan's
   float *next_scaling_, *next_moved_, *next_target_;
   float* partial_;  // column sums of each chunk
   Totals* totals_;  // of each chunk

@@ -73,6 +73,19 @@ def test_small_problems_are_solved_together_as_they_are_alone(shape):
         torch.testing.assert_close(ours, wanted, rtol=1e-5, atol=2e-5, equal_nan=True)
 
 
+@needs_cpp
+@pytest.mark.parametrize("eps", [0.05, 2e-3, 1e-5])
+def test_the_kernel_of_a_large_problem_is_in_the_memory_of_its_plan(eps):
+    cost, a, b = random_problem(1, 1040, 1024, dtype=torch.float32)
+    inside = dk.sinkhorn(cost, a, b, eps=eps, n_iters=12, backend="cpp")
+    elsewhere = dk.sinkhorn(cost, a, b, eps=eps, n_iters=12, return_plan=False, backend="cpp")
+    for name, result in elsewhere._asdict().items():
+        assert result is None or torch.equal(result, getattr(inside, name)), name
+    exact = dk.sinkhorn(cost.double(), a.double(), b.double(), eps=eps, n_iters=12, backend="reference")
+    largest = exact.plan.max().item()
+    torch.testing.assert_close(inside.plan.double(), exact.plan, rtol=1e-3, atol=1e-4 * largest)
+
+
 @each_backend
 def test_exports(backend):
     class Model(torch.nn.Module):
