@@ -160,7 +160,7 @@ def sinkhorn(
     name = select(backend, _implemented(cost), cost, a, b)
     size = math.prod(batch)
     dtype = reference.accumulation_dtype(cost)
-    flat = len(batch) == 1  # then no views: for small problems their price is felt
+    flat = len(batch) == 1  # then no views, which take as long as a small problem
     flat_cost = (cost if flat else cost.reshape(size, n, m)).to(dtype)
     flat_a = _weights("a", a, batch, n, flat_cost)
     flat_b = _weights("b", b, batch, m, flat_cost)
@@ -170,11 +170,10 @@ def sinkhorn(
     # the plan is also the gradient of value with respect to cost
     keep_plan = return_plan or (torch.is_grad_enabled() and any(t.requires_grad for t in problem[:3]))
     plan, *others = _OPERATORS[name].sinkhorn(*problem, keep_plan)
-    if not return_plan:
-        plan = None
-    if flat:
-        return Transport(plan, *others)
-    return Transport(*(None if x is None else x.view((*batch, *x.shape[1:])) for x in (plan, *others)))
+    results = plan if return_plan else None, *others
+    if not flat:
+        results = (None if x is None else x.view((*batch, *x.shape[1:])) for x in results)
+    return Transport(*results)
 
 
 def sinkhorn_points(

@@ -247,7 +247,7 @@ class TransposedSinkhorn {
       cost.add(of_costs);
       error.add(absolute(marginal - load(work.columns.weight + j)));
     }
-    stream_end();
+    if (streamed) stream_end();
     const double spare = mass.total() - work.rows.mass * work.columns.mass, eps = options_.eps;
     *problem.cost = float(cost.total());
     *problem.value = float(work.rows.dual(eps, problem.f) + work.columns.dual(eps, problem.g) - eps * spare);
