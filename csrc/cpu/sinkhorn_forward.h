@@ -287,7 +287,10 @@ class Sinkhorn {
       LaneSums of_quads, mass_of_quads, off_quads;  // whose quads are alike
       for (; first < last; ++first) {
         const float* block = kernel(first, scratch, scaled && Source::kStored);
-        if (in_plan_ && scaled) block = std::copy_n(block, width_ * kWidth, scratch) - width_ * kWidth;
+        if (in_plan_ && scaled) {
+          std::copy_n(block, width_ * kWidth, scratch);
+          block = scratch;
+        }
         for (int r = 0; r < kWidth; r += kGroup) {
           vfloat sums[kGroup] = {}, costs[kGroup] = {};
           finish_group(block, first * kWidth, r, partial(chunk), sums, costs);

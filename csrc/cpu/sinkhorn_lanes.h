@@ -17,7 +17,7 @@ class LaneSinkhorn {
         count_(count),
         n_(problems->n),
         m_(problems->m),
-        padded_((n_ + kLaneRows - 1) / kLaneRows * kLaneRows),
+        padded_(round_up(n_, kLaneRows)),
         rows_(padded_, arena),
         columns_(m_, arena) {
     kernel_ = arena.take<float>(padded_ * m_ * kWidth);

@@ -79,7 +79,7 @@ struct RowUpdate {
       if (rule.relaxed) store(next_target + i, load(next_moved + i) * sum);
       if (!wants_error) continue;
       const vfloat off = load(moved + i) * sum - load(target + i);
-      totals.error += maximum(off, -off);
+      totals.error += absolute(off);
     }
     return totals;
   }
