@@ -207,7 +207,7 @@ class Search {
       vfloat bound = broadcast(errors_[i]);
       if (errors_[i] < INFINITY) {
         bound = error(lengths_[i], remainders_[i], load(bank_.lengths(panel) + j), load(bank_.remainders(panel) + j),
-                      maximum(bias, -bias));
+                      absolute(bias));
       }
       store(lows + j, key - bound);
       store(uppers + j, key + bound);

@@ -147,6 +147,7 @@ DPDIFF_INLINE vfloat select(vint mask, vfloat yes, vfloat no) { return mask ? ye
 // The maximum, where a NaN in b is passed over and one in a stays.
 DPDIFF_INLINE vfloat maximum(vfloat a, vfloat b) { return b > a ? b : a; }
 DPDIFF_INLINE vfloat minimum(vfloat a, vfloat b) { return b < a ? b : a; }
+DPDIFF_INLINE vfloat absolute(vfloat x) { return maximum(x, -x); }
 
 DPDIFF_INLINE bool any(vint mask) {
 #if defined(DPDIFF_AVX512)

@@ -40,8 +40,6 @@ DPDIFF_INLINE vfloat exponent(double f, const double* g, vfloat cost, double sca
   return narrow((f + load(g) - widen_low(cost)) * scale, (f + load(g + kWidth / 2) - widen_high(cost)) * scale);
 }
 
-DPDIFF_INLINE vfloat absolute(vfloat x) { return maximum(x, -x); }
-
 // The cost, or 0 where it is infinite: the plan is 0 there, and their product should be.
 DPDIFF_INLINE vfloat finite(vfloat cost) { return select(cost < broadcast(INFINITY), cost, vfloat{}); }
 
