@@ -144,10 +144,26 @@ DPDIFF_INLINE void stream_end() {}
 #endif
 
 DPDIFF_INLINE vfloat select(vint mask, vfloat yes, vfloat no) { return mask ? yes : no; }
-// The maximum, where a NaN in b is passed over and one in a stays.
-DPDIFF_INLINE vfloat maximum(vfloat a, vfloat b) { return b > a ? b : a; }
-DPDIFF_INLINE vfloat minimum(vfloat a, vfloat b) { return b < a ? b : a; }
-DPDIFF_INLINE vfloat absolute(vfloat x) { return maximum(x, -x); }
+// The maximum, where a NaN in b is passed over and one in a stays. GCC makes a comparison and a blend of b > a ? b : a.
+DPDIFF_INLINE vfloat maximum(vfloat a, vfloat b) {
+#if defined(DPDIFF_AVX512)
+  return (vfloat)_mm512_max_ps((__m512)b, (__m512)a);
+#elif defined(DPDIFF_AVX2)
+  return (vfloat)_mm256_max_ps((__m256)b, (__m256)a);
+#else
+  return b > a ? b : a;
+#endif
+}
+DPDIFF_INLINE vfloat minimum(vfloat a, vfloat b) {
+#if defined(DPDIFF_AVX512)
+  return (vfloat)_mm512_min_ps((__m512)b, (__m512)a);
+#elif defined(DPDIFF_AVX2)
+  return (vfloat)_mm256_min_ps((__m256)b, (__m256)a);
+#else
+  return b < a ? b : a;
+#endif
+}
+DPDIFF_INLINE vfloat absolute(vfloat x) { return (vfloat)((vint)x & 0x7fffffff); }
 
 DPDIFF_INLINE bool any(vint mask) {
 #if defined(DPDIFF_AVX512)

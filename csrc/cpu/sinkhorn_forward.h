@@ -72,16 +72,18 @@ class Sinkhorn {
   // The kernel of zero potentials, in one pass, where float32 holds it: small finite costs. Otherwise false.
   bool build_unshifted() {
     if (rows_.mass == 0 || columns_.mass == 0) return false;
-    const Unshifted unshifted(options_.eps);
     std::atomic<bool> good{true};
     for_chunks([&](int64_t, int64_t first, int64_t last, float* scratch) {
+      const Unshifted unshifted(options_.eps);  // of its own, like the width: what the stores below can't change
+      const int64_t width = width_;
       for (; first < last && good.load(std::memory_order_relaxed); ++first) {
         const auto costs = source_.rows(first * kWidth, scratch);
-        float* block = kernel_ + first * width_ * kWidth;
+        float* block = kernel_ + first * width * kWidth;
         vint worst{};
         for (int r = 0; r < kWidth; ++r) {
-          for (int64_t j = 0; j < width_; j += kWidth) {
-            store(entry(block, width_, j, r), unshifted(costs.load(r, j, 0.0f), worst));
+          float* row = entry(block, width, 0, r);
+          for (int64_t j = 0; j < width; j += kWidth) {
+            store(row + j * kGroup, unshifted(costs.load(r, j, 0.0f), worst));
           }
         }
         if (any(worst > unshifted.limit)) good = false;
@@ -330,13 +332,15 @@ class Sinkhorn {
                                   vfloat (&costs)[kGroup]) const {
     vfloat u[kGroup];
     spread(load_quad(rows_.moved + i + r), u);
+    const int64_t width = width_;  // which the stores below can't change
+    const float *kernel = entry(block, width, 0, r), *scaled = columns_.moved;
     const auto go = [&](const auto& cost, const auto& write) __attribute__((always_inline)) {
-      for (int64_t j = 0; j < width_; j += kWidth) {
-        const vfloat v = load(columns_.moved + j);
+      for (int64_t j = 0; j < width; j += kWidth) {
+        const vfloat v = load(scaled + j);
         vfloat column = load(column_sums + j);
 #pragma GCC unroll 4
         for (int k = 0; k < kGroup; ++k) {
-          const vfloat p = u[k] * load(entry(block, width_, j, r + k)) * v;
+          const vfloat p = u[k] * load(kernel + j * kGroup + k * kWidth) * v;
           sums[k] += p;
           column += p;
           costs[k] += p * minimum(cost(k, j), broadcast(FLT_MAX));  // 0 where the cost is infinite, as the plan is
