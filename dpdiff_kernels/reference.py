@@ -424,6 +424,10 @@ def _marginal_gradient(potential: Tensor, other_mass: Tensor, eps: float, tau: f
     return torch.where(potential == torch.inf, 0.0, gradient)
 
 
+def sinkhorn_value_backward(grad: Tensor, plan: Tensor) -> Tensor:
+    return grad[:, None, None] * plan
+
+
 def envelope_gradients(
     grad: Tensor,
     a: Tensor,
@@ -435,10 +439,11 @@ def envelope_gradients(
     tau_a: float | None,
     tau_b: float | None,
     needed: Sequence[bool],
+    value_backward: Callable[[Tensor, Tensor], Tensor] = sinkhorn_value_backward,
 ) -> list[Tensor | None]:
     """The gradients of cost, a and b from that of value, where the potentials are optimal; None where not needed."""
     gradients = (
-        lambda: grad[:, None, None] * plan,
+        lambda: value_backward(grad, plan),
         lambda: grad[:, None] * _marginal_gradient(f, b.sum(-1), eps, tau_a),
         lambda: grad[:, None] * _marginal_gradient(g, a.sum(-1), eps, tau_b),
     )

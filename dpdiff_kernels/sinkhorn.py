@@ -327,6 +327,21 @@ def _not_twice(ctx, *grads):
     )
 
 
+def _value_backward(of_value, plan):
+    if plan.device.type == "cpu" and backends()["cpp"]:  # which writes into huge pages, past the caches
+        return _scaled_plan(of_value, plan)
+    return reference.sinkhorn_value_backward(of_value, plan)
+
+
+def _save_value(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _twice(ctx, grad):
+    of_value, plan = ctx.saved_tensors
+    return (grad * plan).sum((-2, -1)), _value_backward(of_value, grad)
+
+
 def _register(namespace: str, *modules: Any) -> SimpleNamespace:
     """The operators of `namespace`, with their fake kernels and gradients; modules: as for `register`."""
     ops = SimpleNamespace()
@@ -348,7 +363,8 @@ def _register(namespace: str, *modules: Any) -> SimpleNamespace:
             if not has_plan:
                 plan = ops.sinkhorn(cost, a, b, *ctx.options[:-1], True)[0]
             needed = ctx.needs_input_grad[:3]
-            direct = reference.envelope_gradients(of_value, a, b, f, g, plan, eps, tau_a, tau_b, needed)
+            problem = a, b, f, g, plan, eps, tau_a, tau_b
+            direct = reference.envelope_gradients(of_value, *problem, needed, _value_backward)
             grads = _sums(grads, direct)
         return *grads, *[None] * 6
 
@@ -401,6 +417,8 @@ def _register(namespace: str, *modules: Any) -> SimpleNamespace:
 # All have the functions `sinkhorn`, `sinkhorn_points` and `sinkhorn_apply` of `reference`.
 _OPERATORS: dict[str, Any] = {"reference": reference}
 if backends()["cpp"]:
+    fake = lambda of_value, plan: _contiguous(plan)[0]
+    _scaled_plan = register("dpdiff::sinkhorn_value_backward", fake, _twice, _save_value)
     _OPERATORS["cpp"] = _OPERATORS["cuda"] = _register("dpdiff")
 if backends()["triton"]:
     import dpdiff_kernels.triton.sinkhorn

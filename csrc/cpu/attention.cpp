@@ -39,19 +39,11 @@ Rows rows_of(const Tensor& tensor) {
   return {tensor.data_ptr(), head == 0 ? 0 : strides[0] * size, strides[head] * size, strides[head + 1] * size};
 }
 
-Tensor floats(const Tensor& like, std::initializer_list<int64_t> sizes) {
-  return torch::stable::new_empty(like, sizes, ScalarType::Float);
-}
+Tensor floats(const Tensor& like, std::initializer_list<int64_t> sizes) { return empty(like, sizes, ScalarType::Float); }
 // Larger than a thread's share of the caches, so that whoever reads it next reads it from memory anyway.
 constexpr int64_t kStreamedBytes = 16 << 20;
 
 float* float_data(const Tensor& tensor) { return static_cast<float*>(tensor.data_ptr()); }
-
-Tensor fresh(const Tensor& like, const std::vector<int64_t>& sizes) {
-  const Tensor tensor = torch::stable::new_empty(like, sizes);
-  prefer_huge_pages(tensor.data_ptr(), tensor.numel() * tensor.element_size());
-  return tensor;
-}
 
 // Zeros that take neither time nor memory until they are touched, where the system can: of a large bank of which a batch
 // uses little, the gradient then costs what the used prototypes do.
@@ -73,7 +65,7 @@ Tensor untouched_zeros(const Tensor& like, const std::vector<int64_t>& sizes) {
 // Like the query, with tokens outside and heads inside in memory: the layout in which heads are joined again.
 Tensor empty_like_query(const Tensor& query) {
   const auto sizes = query.sizes();
-  return torch::stable::transpose(fresh(query, {sizes[0], sizes[2], sizes[1], sizes[3]}), 1, 2);
+  return torch::stable::transpose(empty(query, {sizes[0], sizes[2], sizes[1], sizes[3]}), 1, 2);
 }
 
 // The inputs of both directions, kept alive in the layout that the kernels read.
@@ -129,7 +121,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> prototype_attention(
       query, local_key, local_value, global_key, global_value, gate, scale, groups, active_groups, problem);
 
   const Tensor out = empty_like_query(query);
-  Tensor reference = floats(query, {0}), total = floats(query, {0}), difference = torch::stable::new_empty(query, {0});
+  Tensor reference = floats(query, {0}), total = floats(query, {0}), difference = empty(query, {0});
   problem.out = rows_of(out);
   if (for_backward) {
     const int64_t softmaxes = gate ? 2 : 1;
@@ -194,13 +186,13 @@ struct BankGradients {
   std::unique_ptr<float, Free> rows;
 
   BankGradients(const Tensor& query, const Bank& bank, const PartialSums& sums, const AttentionBackward& problem, BankGradient& to)
-      : key(torch::stable::new_empty(query, {0})), value(torch::stable::new_empty(query, {0})) {
+      : key(empty(query, {0})), value(empty(query, {0})) {
     if (bank.count == 0) return;
     const bool direct = bank.shared && problem.parts == 1 && !sums.routed && problem.dtype == DType::float32;
     for (Tensor* gradient : {&key, &value}) {
       std::vector<int64_t> sizes{problem.heads, bank.count, problem.channels};
       if (!bank.shared) sizes.insert(sizes.begin(), problem.batch);
-      *gradient = sums.routed ? untouched_zeros(query, sizes) : fresh(query, sizes);
+      *gradient = sums.routed ? untouched_zeros(query, sizes) : empty(query, sizes);
       if (direct) torch::stable::zero_(*gradient);
     }
     to.key = rows_of(key), to.value = rows_of(value);

@@ -70,8 +70,8 @@ std::tuple<Tensor, Tensor> nearest_prototype(const Tensor& tokens_, const Tensor
                                              const MaybeTensor& active_groups) {
   const Tensor tokens = dense(tokens_);
   const std::vector<int64_t> shape{tokens.size(0), tokens.size(1), k};
-  Tensor scores = torch::stable::new_empty(tokens, shape, ScalarType::Float);
-  Tensor indices = torch::stable::new_empty(tokens, shape, ScalarType::Long);
+  Tensor scores = empty(tokens, shape, ScalarType::Float);
+  Tensor indices = empty(tokens, shape, ScalarType::Long);
   search(tokens, dense(prototypes), k, metric, 1, groups, active_groups, &scores, indices, nullptr, nullptr);
   return {scores, indices};
 }
@@ -81,10 +81,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> aggregate_nearest(const Tensor& token
                                                              const MaybeTensor& groups, const MaybeTensor& active_groups) {
   const Tensor tokens = dense(tokens_);
   const std::vector<int64_t> shape{tokens.size(0), tokens.size(1), k};
-  Tensor values = torch::stable::empty_like(tokens);
-  Tensor scores = torch::stable::new_empty(tokens, shape, ScalarType::Float);
-  Tensor indices = torch::stable::new_empty(tokens, shape, ScalarType::Long);
-  Tensor weights = torch::stable::empty_like(scores);
+  Tensor values = empty(tokens, tokens.sizes());
+  Tensor scores = empty(tokens, shape, ScalarType::Float);
+  Tensor indices = empty(tokens, shape, ScalarType::Long);
+  Tensor weights = empty(scores, shape);
   search(tokens, dense(prototypes), k, metric, temperature, groups, active_groups, &scores, indices, &values, &weights);
   return {values, scores, indices, weights};
 }
@@ -96,10 +96,8 @@ std::tuple<Tensor, Tensor> nearest_backward(const Tensor& tokens_, const Tensor&
                                             bool of_prototypes) {
   const Tensor tokens = dense(tokens_), prototypes = dense(prototypes_), indices = dense(indices_), scores = dense(scores_);
   const MaybeTensor weights = dense(weights_), grad_values = dense(grad_values_), grad_scores = dense(grad_scores_);
-  const std::vector<int64_t> nothing{0};
-  Tensor grad_tokens = of_tokens ? torch::stable::empty_like(tokens) : torch::stable::new_empty(tokens, nothing);
-  Tensor grad_prototypes =
-      of_prototypes ? torch::stable::empty_like(prototypes) : torch::stable::new_empty(prototypes, nothing);
+  Tensor grad_tokens = of_tokens ? empty(tokens, tokens.sizes()) : empty(tokens, {0});
+  Tensor grad_prototypes = of_prototypes ? empty(prototypes, prototypes.sizes()) : empty(prototypes, {0});
   NearestBackward in;
   in.tokens = tokens.const_data_ptr();
   in.prototypes = prototypes.const_data_ptr();
@@ -133,11 +131,11 @@ std::tuple<Tensor, Tensor, Tensor> prototype_statistics(const Tensor& tokens_, c
   const Tensor tokens = dense(tokens_), prototypes = dense(prototypes_);
   const MaybeTensor weights = dense(weights_);
   const int64_t n = tokens.size(0), d = tokens.size(1), n_prototypes = prototypes.size(0);
-  Tensor scores = torch::stable::new_empty(tokens, std::vector<int64_t>{1, n, 1}, ScalarType::Float);
-  Tensor indices = torch::stable::new_empty(tokens, std::vector<int64_t>{1, n, 1}, ScalarType::Long);
-  Tensor counts = torch::stable::new_empty(tokens, std::vector<int64_t>{n_prototypes}, ScalarType::Float);
-  Tensor sums = torch::stable::new_empty(tokens, std::vector<int64_t>{n_prototypes, d}, ScalarType::Float);
-  Tensor inertia = torch::stable::new_empty(tokens, std::vector<int64_t>{}, ScalarType::Float);
+  Tensor scores = empty(tokens, {1, n, 1}, ScalarType::Float);
+  Tensor indices = empty(tokens, {1, n, 1}, ScalarType::Long);
+  Tensor counts = empty(tokens, {n_prototypes}, ScalarType::Float);
+  Tensor sums = empty(tokens, {n_prototypes, d}, ScalarType::Float);
+  Tensor inertia = empty(tokens, {}, ScalarType::Float);
   search(torch::stable::unsqueeze(tokens, 0), prototypes, 1, metric, 1, std::nullopt, std::nullopt,
          with_inertia ? &scores : nullptr, indices, nullptr, nullptr);
 

@@ -31,9 +31,6 @@ const double* wide_data(const Tensor& tensor) {
   return static_cast<const double*>(tensor.const_data_ptr());
 }
 
-Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype = ScalarType::Float) {
-  return torch::stable::new_empty(like, sizes, dtype);
-}
 float* data_of(const Tensor& tensor) { return tensor.mutable_data_ptr<float>(); }
 
 // The part of problem i in an array with `size` numbers for each; null stays null.
@@ -54,7 +51,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sinkhorn(
   const SinkhornOptions chosen = options(eps, n_iters, tol, tau_a, tau_b);
   const float *costs = data(cost), *as = data(a), *bs = data(b);
   float* plans = return_plan ? data_of(plan) : nullptr;
-  if (return_plan) prefer_huge_pages(plans, size_t(batch * n * m) * sizeof(float));
   float *fs = data_of(f), *gs = data_of(g), *totals = data_of(total), *values = data_of(value), *errors = data_of(error);
   int64_t* counts = used.mutable_data_ptr<int64_t>();
   const auto solve = DPDIFF_DISPATCH(sinkhorn_dense);
@@ -65,7 +61,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sinkhorn(
     for (int64_t i = first; i < first + count; ++i) {
       SinkhornProblem problem{n, m, at(as, i, n), at(bs, i, m)};
       problem.plan = at(plans, i, n * m);
-      problem.streams = batch * n * m >= int64_t(1) << 21;
+      problem.streams = batch * n * m >= kLeastStreamed;
       problem.f = at(fs, i, n);
       problem.g = at(gs, i, m);
       problem.cost = totals + i;
@@ -102,6 +98,19 @@ std::tuple<Tensor, Tensor, Tensor> sinkhorn_backward(
     differentiate(costs + i * n * m, chosen, problem, gradients, to_cost + i * n * m, arena, parallel);
   });
   return {of_cost, of_a, of_b};
+}
+
+Tensor sinkhorn_value_backward(const Tensor& grad_value_, const Tensor& plan_) {
+  const Tensor grad_value = dense(grad_value_), plan = dense(plan_);
+  const int64_t batch = plan.size(0), n = plan.size(1), m = plan.size(2);
+  const Tensor of_cost = empty(plan, plan.sizes());
+  const float *factors = data(grad_value), *from = data(plan);
+  float* to = data_of(of_cost);
+  const auto scale = DPDIFF_DISPATCH(sinkhorn_scale);
+  for_ranges(batch * n * m >= kWorthThread, batch * n, [&](int64_t first, int64_t last) {
+    scale(from, factors, n * m, first * m, last * m, to, batch * n * m >= kLeastStreamed);
+  });
+  return of_cost;
 }
 
 // The points of problem i.
@@ -227,6 +236,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sinkhorn_apply_backward(const Tensor&
 
 STABLE_TORCH_LIBRARY_IMPL(dpdiff, CPU, m) {
   m.impl("sinkhorn", TORCH_BOX(&dpdiff::sinkhorn));
+  m.impl("sinkhorn_value_backward", TORCH_BOX(&dpdiff::sinkhorn_value_backward));
   m.impl("sinkhorn_backward", TORCH_BOX(&dpdiff::sinkhorn_backward));
   m.impl("sinkhorn_points", TORCH_BOX(&dpdiff::sinkhorn_points));
   m.impl("sinkhorn_points_backward", TORCH_BOX(&dpdiff::sinkhorn_points_backward));

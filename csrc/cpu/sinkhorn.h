@@ -16,6 +16,9 @@
 
 namespace dpdiff {
 
+constexpr int64_t kWorthThread = int64_t(1) << 14;    // pairs
+constexpr int64_t kLeastStreamed = int64_t(1) << 21;  // pairs: too many to be found in a cache later
+
 struct SinkhornOptions {
   double eps;
   int64_t n_iters;
@@ -28,7 +31,7 @@ struct SinkhornProblem {
   int64_t n, m;
   const float *a, *b;
   float* plan;              // (n, m), or null
-  bool streams;             // the plan is too large to be found in a cache later
+  bool streams;             // the plan passes by the caches
   float *f, *g;             // (n,), (m,), or null
   double *f_wide, *g_wide;  // the same in float64, or null
   float *cost, *value, *error;
@@ -98,8 +101,7 @@ void for_problems(int64_t n_problems, int64_t pairs, const Solve& solve) {
     for (int64_t i = 0; i < n_problems; ++i) solve(i, arena, true);
     return;
   }
-  // A thread is worth starting for 2^14 pairs.
-  const int64_t useful = std::min(n_problems, n_problems * pairs / (int64_t(1) << 14) + 1);
+  const int64_t useful = std::min(n_problems, n_problems * pairs / kWorthThread + 1);
   std::atomic<int64_t> next{0};
   for_ranges(true, std::min(threads, useful), [&](int64_t first, int64_t last) {
     for (; first < last; ++first) {

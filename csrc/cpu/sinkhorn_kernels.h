@@ -40,6 +40,22 @@ void sinkhorn_dense(const float* cost, const SinkhornOptions& options, const Sin
   }
 }
 
+// Numbers `first` to `last` of plans of `size` numbers each, times their problem's factor.
+void sinkhorn_scale(const float* plans, const float* factors, int64_t size, int64_t first, int64_t last, float* to,
+                    bool streams) {
+  while (first < last) {
+    const int64_t problem = first / size, end = std::min(last, (problem + 1) * size);
+    const float factor = factors[problem];
+    if (streams && uintptr_t(to + first) % sizeof(vfloat) == 0) {
+      for (; first + kWidth <= end; first += kWidth) stream(to + first, load(plans + first) * factor);
+    }
+    for (; first + kWidth <= end; first += kWidth) store(to + first, load(plans + first) * factor);
+    if (first < end) store_first(to + first, load_first(plans + first, end - first, 0) * factor, end - first);
+    first = end;
+  }
+  stream_end();
+}
+
 void sinkhorn_points(const SinkhornPoints& points, const SinkhornOptions& options, const SinkhornProblem& problem, Arena& arena,
                      bool parallel) {
   arena.reset();

@@ -8,6 +8,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include "dtype.h"
+#include "memory.h"
 #include "routes.h"
 
 namespace dpdiff {
@@ -28,6 +29,14 @@ inline DType dtype_of(const Tensor& tensor) {
 // For kernels that know no strides.
 inline Tensor dense(const Tensor& tensor) { return torch::stable::contiguous(tensor); }
 inline MaybeTensor dense(const MaybeTensor& tensor) { return tensor ? MaybeTensor(dense(*tensor)) : std::nullopt; }
+
+// Memory for a result, of the dtype of `like` unless told otherwise.
+inline Tensor empty(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes,
+                    std::optional<ScalarType> dtype = std::nullopt) {
+  const Tensor tensor = torch::stable::new_empty(like, sizes, dtype);
+  prefer_huge_pages(tensor.data_ptr(), tensor.numel() * tensor.element_size());
+  return tensor;
+}
 
 inline Routes routes_of(const Tensor& groups, const Tensor& active_groups) {
   const Tensor group = dense(groups), active = dense(active_groups);

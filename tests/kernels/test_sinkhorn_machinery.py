@@ -153,6 +153,8 @@ def test_opcheck(shape):
     cost, a, b = (x.detach() for x in (cost, a, b))
     args = cost, a, b, used, torch.rand(shape), torch.rand(a.shape), None, torch.rand(shape[:1]), 0.1, 4, None, 0.5
     torch.library.opcheck(torch.ops.dpdiff.sinkhorn_backward.default, args)
+    args = torch.rand(shape[:1], requires_grad=True), cost.requires_grad_()
+    torch.library.opcheck(torch.ops.dpdiff.sinkhorn_value_backward.default, args)
 
 
 @needs_cpp
