@@ -311,6 +311,10 @@ def _fake_apply(x, y, h_x, h_y, v, eps, metric):
     return x.new_empty(x.shape[0], x.shape[1], v.shape[2])
 
 
+def _fake_value(of_value, plan):
+    return plan.new_empty(plan.shape)
+
+
 def _contiguous(*tensors):
     """Of the same shapes: whatever the strides are, results are contiguous."""
     return tuple(tensor.new_empty(tensor.shape) for tensor in tensors)
@@ -328,6 +332,7 @@ def _not_twice(ctx, *grads):
 
 
 def _value_backward(of_value, plan):
+    """Value's gradient with respect to the cost."""
     if plan.device.type == "cpu" and backends()["cpp"]:  # which writes into huge pages, past the caches
         return _scaled_plan(of_value, plan)
     return reference.sinkhorn_value_backward(of_value, plan)
@@ -337,7 +342,7 @@ def _save_value(ctx, inputs, output):
     ctx.save_for_backward(*inputs)
 
 
-def _twice(ctx, grad):
+def _value_twice(ctx, grad):
     of_value, plan = ctx.saved_tensors
     return (grad * plan).sum((-2, -1)), _value_backward(of_value, grad)
 
@@ -417,8 +422,7 @@ def _register(namespace: str, *modules: Any) -> SimpleNamespace:
 # All have the functions `sinkhorn`, `sinkhorn_points` and `sinkhorn_apply` of `reference`.
 _OPERATORS: dict[str, Any] = {"reference": reference}
 if backends()["cpp"]:
-    fake = lambda of_value, plan: _contiguous(plan)[0]
-    _scaled_plan = register("dpdiff::sinkhorn_value_backward", fake, _twice, _save_value)
+    _scaled_plan = register("dpdiff::sinkhorn_value_backward", _fake_value, _value_twice, _save_value)
     _OPERATORS["cpp"] = _OPERATORS["cuda"] = _register("dpdiff")
 if backends()["triton"]:
     import dpdiff_kernels.triton.sinkhorn
