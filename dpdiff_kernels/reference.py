@@ -425,6 +425,7 @@ def _marginal_gradient(potential: Tensor, other_mass: Tensor, eps: float, tau: f
 
 
 def sinkhorn_value_backward(grad: Tensor, plan: Tensor) -> Tensor:
+    """Value's gradient with respect to the cost."""
     return grad[:, None, None] * plan
 
 

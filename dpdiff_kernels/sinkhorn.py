@@ -332,7 +332,6 @@ def _not_twice(ctx, *grads):
 
 
 def _value_backward(of_value, plan):
-    """Value's gradient with respect to the cost."""
     if plan.device.type == "cpu" and backends()["cpp"]:  # which writes into huge pages, past the caches
         return _scaled_plan(of_value, plan)
     return reference.sinkhorn_value_backward(of_value, plan)

@@ -53,7 +53,7 @@ void sinkhorn_scale(const float* plans, const float* factors, int64_t size, int6
     if (first < end) store_first(to + first, load_first(plans + first, end - first, 0) * factor, end - first);
     first = end;
   }
-  stream_end();
+  if (streams) stream_end();
 }
 
 void sinkhorn_points(const SinkhornPoints& points, const SinkhornOptions& options, const SinkhornProblem& problem, Arena& arena,

@@ -158,6 +158,14 @@ def test_opcheck(shape):
 
 
 @needs_cpp
+@pytest.mark.parametrize("shape", [(5, 37, 29), (3, 1024, 700), (33, 250, 257)])  # the larger two pass by the caches
+def test_gradient_of_value_is_the_plan_times_its_gradient(shape):
+    of_value, plan = torch.randn(shape[:1]), torch.rand(shape)
+    found = torch.ops.dpdiff.sinkhorn_value_backward(of_value, plan)
+    torch.testing.assert_close(found, of_value[:, None, None] * plan, rtol=0, atol=0)
+
+
+@needs_cpp
 @pytest.mark.parametrize("shape", [(2, 6, 5, 3), (0, 3, 4, 2), (1, 0, 2, 1), (1, 2, 3, 0)])
 def test_opcheck_of_points(shape):
     batch, n, m, d = shape
