@@ -8,11 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from dpdiff_kernels import reference
-from dpdiff_kernels.backends import backends, select
+from dpdiff_kernels.backends import asked_for, backends, select
 from dpdiff_kernels.checks import check_floats, check_groups, check_int, check_shape, present, under_autocast
 from dpdiff_kernels.operators import observed, register
+from dpdiff_kernels.replay import replayed
 
 
+@replayed(asked_for)
 def prototype_attention(
     query: Tensor,
     local_key: Tensor,
@@ -91,9 +93,9 @@ def prototype_attention(
     backend = select(backend, ("triton", "cpp", "reference"), query, *banks, gate)
 
     batch = math.prod(batch_shape)
-    flat = query.reshape(batch, heads, n_tokens, channels)
+    flat = query if query.dim() == 4 else query.reshape(batch, heads, n_tokens, channels)
     banks = [_flatten_bank(bank, batch) for bank in banks]
-    if gate is not None:
+    if gate is not None and gate.shape != flat.shape[:-1]:
         gate = gate.expand(*batch_shape, heads, n_tokens).reshape(batch, heads, n_tokens)
     if active_groups is not None:
         active_groups = active_groups.reshape(batch, active_groups.shape[-1])
@@ -102,13 +104,13 @@ def prototype_attention(
     if backend == "reference":
         out = reference.prototype_attention(flat, *banks, gate, scale, groups, active_groups)
     else:
-        if gate is not None:
+        if gate is not None and backend == "cpp":
             gate = gate.float()
         if scale < 0:
             flat, scale = -flat, -scale
         for_backward = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (flat, *banks, gate))
         out = _OPERATORS[backend](flat, *banks, gate, scale, groups, active_groups, for_backward)[0]
-    return out.reshape(query.shape)
+    return out if query.dim() == 4 else out.reshape(query.shape)
 
 
 def _autocast(tensor: Tensor | None) -> Tensor | None:

@@ -21,6 +21,7 @@ import torch
 from torch.autograd import forward_ad
 
 from dpdiff_kernels.checks import check_choice
+from dpdiff_kernels.replay import forgo
 
 NAMES = ("reference", "cpp", "triton", "cuda")
 
@@ -127,6 +128,11 @@ def use_backend(name: str) -> Iterator[None]:
         _blocks.remove(block)  # not always the last: another thread's may have begun since
 
 
+def asked_for() -> str:
+    """The choice that a call without `backend=` has: of the innermost `use_backend` block, else of DPDIFF_BACKEND."""
+    return _blocks[-1].name if _blocks else os.environ.get("DPDIFF_BACKEND", "auto")
+
+
 def select(backend: str | None, implemented: tuple[str, ...], *tensors: torch.Tensor | None) -> str:
     """Returns the backend that an operator call is to run on.
 
@@ -141,12 +147,11 @@ def select(backend: str | None, implemented: tuple[str, ...], *tensors: torch.Te
             a CPU, DPDIFF_CPU_CAPABILITY is unknown.
         NotImplementedError: an input carries a forward-mode derivative, and the backend is another than the reference.
     """
-    asked_by = "backend"
-    if backend is None and _blocks:
-        backend = _blocks[-1].name
+    asked_by = "DPDIFF_BACKEND" if backend is None and not _blocks else "backend"
     if backend is None:
-        backend, asked_by = os.environ.get("DPDIFF_BACKEND", "auto"), "DPDIFF_BACKEND"
+        backend = asked_for()
     if backend == "reference":
+        forgo()  # its results hold little, but what it makes on the way may fill a GPU
         return backend
     _check(backend, asked_by)
 
@@ -171,8 +176,10 @@ def select(backend: str | None, implemented: tuple[str, ...], *tensors: torch.Te
         _warn_once(f"{_LIBRARY.reason}; {_REMEDY}")
     if shortcoming:
         _warn_once(shortcoming)
-    asked_for = {"triton"} if device == "cpu" or torch.version.hip else set()
-    backend = next(name for name in possible if name not in asked_for)
+    on_request = {"triton"} if device == "cpu" or torch.version.hip else set()
+    backend = next(name for name in possible if name not in on_request)
+    if backend == "reference":
+        forgo()
     refuse_tangents(backend, *tensors)
     return backend
 

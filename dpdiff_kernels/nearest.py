@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dpdiff_kernels import reference
-from dpdiff_kernels.backends import backends, select
+from dpdiff_kernels.backends import asked_for, backends, select
 from dpdiff_kernels.checks import (
     check_bool,
     check_choice,
@@ -21,6 +21,7 @@ from dpdiff_kernels.checks import (
     widest_under_autocast,
 )
 from dpdiff_kernels.operators import register
+from dpdiff_kernels.replay import replayed
 
 METRICS = ("cosine", "dot", "l2")
 BACKENDS = ("triton", "cpp", "reference")
@@ -49,6 +50,7 @@ class PrototypeStatistics(NamedTuple):
     inertia: Tensor | None
 
 
+@replayed(asked_for)
 def nearest_prototype(
     tokens: Tensor,
     prototypes: Tensor,
@@ -95,6 +97,7 @@ def nearest_prototype(
     return Nearest(*(t.reshape(*tokens.shape[:-1], k) for t in result))
 
 
+@replayed(asked_for)
 def aggregate_nearest(
     tokens: Tensor,
     prototypes: Tensor,
@@ -136,6 +139,7 @@ def aggregate_nearest(
     return Aggregated(values.reshape(tokens.shape), *(t.reshape(*tokens.shape[:-1], k) for t in result))
 
 
+@replayed(asked_for)
 def prototype_statistics(
     tokens: Tensor,
     prototypes: Tensor,

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from dpdiff_kernels.replay import recorder, saw
+
 
 def register(
     name: str,
@@ -67,7 +69,9 @@ class _Operator:
             return self.operator(*arguments)
         if self.differentiable is not None and torch.is_grad_enabled():
             if any(isinstance(x, Tensor) and x.requires_grad for x in arguments):
-                return self.differentiable(*arguments)
+                outputs = self.differentiable(*arguments)
+                saw(self.differentiable, arguments, outputs)
+                return outputs
         return self.function(*arguments)
 
 
@@ -83,14 +87,14 @@ def _refuse_functorch(operator: Callable, arguments: tuple) -> None:
 
 def observed(arguments: tuple) -> bool:
     """Whether a compiler, a transform of torch.func, a dispatch mode or a subclass of Tensor is to see the call."""
-    return (
-        torch.compiler.is_compiling()
-        or dispatched()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or any(isinstance(x, Tensor) and type(x) not in (Tensor, Parameter) for x in arguments)
-    )
+    if torch.compiler.is_compiling() or dispatched() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return True
+    for x in arguments:  # `any` of a generator takes twice as long
+        if type(x) is not Tensor and type(x) is not Parameter and isinstance(x, Tensor):
+            return True
+    return False
 
 
 def dispatched() -> bool:
-    """Whether a dispatch mode is active, as when torch.compile traces an operator."""
-    return torch._C._len_torch_dispatch_stack() > 0
+    """Whether a dispatch mode is active, as when torch.compile traces an operator. What records a call is none."""
+    return torch._C._len_torch_dispatch_stack() > (recorder() is not None)

@@ -199,8 +199,9 @@ def prototype_attention(
 
 def empty_like_query(query: Tensor) -> Tensor:
     """What other backends answer in: tokens outside and heads inside in memory, as for heads that are joined again."""
-    batch, heads, n_tokens, channels = query.shape
-    return query.new_empty(batch, n_tokens, heads, channels).transpose(1, 2)
+    _, heads, n_tokens, channels = query.shape
+    row = heads * channels
+    return query.new_empty_strided(query.shape, (n_tokens * row, channels, row, 1))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dpdiff_kernels import reference
-from dpdiff_kernels.backends import backends, capability, refuse_tangents, select
+from dpdiff_kernels.backends import asked_for, backends, capability, refuse_tangents, select
 from dpdiff_kernels.checks import (
     check_bool,
     check_choice,
@@ -20,6 +20,7 @@ from dpdiff_kernels.checks import (
     widest_under_autocast,
 )
 from dpdiff_kernels.operators import observed, register
+from dpdiff_kernels.replay import replayed
 
 _HELD = 400_000  # costs, about what the shared memory of eight blocks, the largest cluster, holds
 
@@ -69,6 +70,7 @@ class PointTransport(NamedTuple):
         return _OPERATORS[backend].sinkhorn_apply(x, y, h_x, h_y, flat, eps, metric).view(*batch, n, v.shape[-1])
 
 
+@replayed(asked_for)
 def sinkhorn(
     cost: Tensor,
     a: Tensor | None = None,

@@ -357,7 +357,7 @@ def _variant(
 ) -> Variant:
     """absent: arguments that are None. kinds: of tensors that aren't as usual."""
     kinds = {"lists": "*i32", "counts": "*i32", "mask": "*i1"} | (kinds or {})
-    kinds |= dict.fromkeys(("gate", "reference", "total", "sums", "grad_gate"), "*fp32")
+    kinds |= dict.fromkeys(("reference", "total", "sums", "grad_gate"), "*fp32")
     names = kernel.arg_names
     tensors = names[: names.index(next(name for name in names if name.endswith("_b")))]
     numbers = [n for n in names[len(tensors) :] if not n.isupper()]

@@ -133,7 +133,7 @@ def query_gradient_kernel(
         apart = load_rows(difference, out_rows, inside, CHANNELS, BLOCK_E)
         slope = tl.sum(do.to(tl.float32) * apart.to(tl.float32), 1)
         tl.store(grad_gate + flat, slope, mask=inside)
-        g = tl.load(gate + flat, mask=inside, other=0.0)
+        g = tl.load(gate + flat, mask=inside, other=0.0).to(tl.float32)
         if lists is not None:
             g = tl.where(local_count == 0, 1.0, g)
         global_delta = delta + (1.0 - g) * slope

@@ -218,7 +218,7 @@ def forward_kernel(
         if reference is not None:
             tl.store(reference + flat, best, mask=inside)
             tl.store(total + flat, sums, mask=inside)
-        g = tl.load(gate + flat, mask=inside, other=0.0)
+        g = tl.load(gate + flat, mask=inside, other=0.0).to(tl.float32)
         local_answer = answer * (1.0 / sums)[:, None]
         if lists is not None:  # where all are routed away, the global bank answers alone
             g = tl.where(local_count == 0, 1.0, g)

@@ -17,6 +17,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from dpdiff_kernels.operators import dispatched
+from dpdiff_kernels.replay import Launcher, ReplayedOperator, recorder
 
 # Shared memory that one block may have, in bytes.
 TARGETS = {
@@ -26,20 +27,25 @@ TARGETS = {
 }
 
 
-def registered(kind: Callable) -> Callable[[Callable], Callable]:
+def registered(kind: Callable, *, replayed: bool = True) -> Callable[[Callable], Callable]:
     """Decorator: makes a function the operator dpdiff_triton::<its name> by `torch.library.triton_op` or `custom_op`.
-    The function itself can still be called."""
+    The function itself can still be called, and is `replayed`."""
 
     def register(function: Callable) -> Callable:
-        function.definition = kind(f"dpdiff_triton::{function.__name__}", function, mutates_args=())
-        return function
+        called = ReplayedOperator(function) if replayed else function
+        called.definition = kind(f"dpdiff_triton::{function.__name__}", function, mutates_args=())
+        return called
 
     return register
 
 
-def launch(kernel: Any) -> Any:
-    """`launch(kernel)[grid](...)` in a `triton_op`: torch.compile, where it traces one, sees the kernel."""
-    return torch.library.wrap_triton(kernel) if dispatched() and isinstance(kernel, JITFunction) else kernel
+def launch(kernel: Any, *, traced: bool = True) -> Any:
+    """`launch(kernel)[grid](...)` in such an operator: what records its calls sees the kernel, and torch.compile, where
+    it traces a `triton_op`. traced: False in a `custom_op`, which isn't."""
+    recording = recorder()
+    if recording is not None:
+        return Launcher(recording, kernel)
+    return torch.library.wrap_triton(kernel) if traced and dispatched() and isinstance(kernel, JITFunction) else kernel
 
 
 def arch_of(device: torch.device) -> str:

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dpdiff_kernels import reference
-from dpdiff_kernels.triton.launch import Variant, ceil_div, on_device, registered
+from dpdiff_kernels.triton.launch import Variant, ceil_div, launch, on_device, registered
 from dpdiff_kernels.triton.sinkhorn_iterations import adjoint, carried, damping, iterate, scalars, stopped, violation
 
 _INF = tl.constexpr(float("inf"))
@@ -205,7 +205,7 @@ class _Costs:
                 return
             side, other = (1, 0) if columns else (0, 1)
             n, m = (self.m, self.n) if columns else (self.n, self.m)
-            _half_step[self._grid(columns)](
+            launch(_half_step, traced=False)[self._grid(columns)](
                 self.cost, *pairs[other], weights[side], logs[side], before, out, *pairs[side],
                 used, parts, stranded, k, n, m, n_parts, out.stride(0),
                 self.eps, self.scale, damping(taus[side], self.eps), taus[side] or float("inf"), tol or 0.0,
@@ -219,7 +219,7 @@ class _Costs:
         out, reduced = (k, h) if columns else (h, k)
         sums = torch.empty_like(out, dtype=torch.float32)
         if out.numel():
-            _transport[self._grid(columns)](
+            launch(_transport, traced=False)[self._grid(columns)](
                 self.cost, *_pair(out), *_pair(reduced), factor, plan, sums, totals,
                 out.shape[1], reduced.shape[1], self.scale, COLUMNS=columns, **_tiles(columns),
             )  # fmt: skip
@@ -229,7 +229,7 @@ class _Costs:
         if out.numel():
             tile = _GRADIENT_TILE
             grid = self.batch * ceil_div(self.n, tile["ROWS"]) * ceil_div(self.m, tile["WIDTH"])
-            _cost_gradient[(grid,)](
+            launch(_cost_gradient, traced=False)[(grid,)](
                 out, self.cost, used, *_pair(q[0]), *_pair(q[1]), q[2], *_pair(r[0]), *_pair(r[1]), r[2],
                 self.n, self.m, q[0].shape[1], self.scale, **tile, num_warps=4,
             )  # fmt: skip
@@ -270,7 +270,7 @@ def sinkhorn(
     return plan, f, g, total, value, used, error
 
 
-@registered(torch.library.custom_op)
+@registered(torch.library.custom_op, replayed=False)  # a recording would hold each iteration's tensors
 def sinkhorn_backward(
     cost: Tensor,
     a: Tensor,

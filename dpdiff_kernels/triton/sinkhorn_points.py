@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dpdiff_kernels import reference
-from dpdiff_kernels.triton.launch import Variant, arch_of, ceil_div, multiprocessors_of, on_device, registered
+from dpdiff_kernels.triton.launch import Variant, arch_of, ceil_div, launch, multiprocessors_of, on_device, registered
 from dpdiff_kernels.triton.sinkhorn_iterations import adjoint, carried, damping, iterate, scalars, stopped, violation
 
 _INF = tl.constexpr(float("inf"))
@@ -224,7 +224,7 @@ class _Points:
             side, other = (1, 0) if columns else (0, 1)
             n, m = weights[side].shape[1], weights[other].shape[1]
             if out.numel():
-                _half_step[(self.batch * ceil_div(n, tiles["OUT"]),)](
+                launch(_half_step, traced=False)[(self.batch * ceil_div(n, tiles["OUT"]),)](
                     self.points[side], self.points[other], biases[other], self.own[side], weights[side], logs[side],
                     before, out, biases[side], used, parts, stranded, k, n, m, self.dim, n_parts, out.stride(0),
                     self.eps, self.scale, self.factor, damping(taus[side], self.eps), taus[side] or float("inf"),
@@ -256,7 +256,7 @@ class _Points:
             chunk_v = 16 if depth <= 16 else 64
             tiles = _tiles(self.arch, self.dim, applying=True)
             grid = self.batch * ceil_div(n, tiles["OUT"]), max(1, ceil_div(depth, chunk_v))
-            _apply[grid](
+            launch(_apply, traced=False)[grid](
                 x, y, biases[side], biases[other], u, t, x.new_ones(self.batch, m) if w is None else w,
                 v.contiguous() if depth else None, sums, out,
                 n, m, self.dim, 0 if u is None else u.shape[2], depth, self.factor,
@@ -294,7 +294,7 @@ def sinkhorn_points(
     return f + poison[:, None], g + poison[:, None], (value + poison).float(), used, (error + poison).float()
 
 
-@registered(torch.library.custom_op)
+@registered(torch.library.custom_op, replayed=False)  # a recording would hold each iteration's tensors
 def sinkhorn_points_backward(
     x: Tensor,
     y: Tensor,
@@ -347,7 +347,7 @@ def sinkhorn_apply(x: Tensor, y: Tensor, h_x: Tensor, h_y: Tensor, v: Tensor, ep
         return points.apply(False, h_x, h_y, v=v)[1] + points.poison()
 
 
-@registered(torch.library.custom_op)
+@registered(torch.library.custom_op, replayed=False)  # a recording would hold each iteration's tensors
 def sinkhorn_apply_backward(
     grad: Tensor, x: Tensor, y: Tensor, h_x: Tensor, h_y: Tensor, v: Tensor, eps: float, metric: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
