@@ -1,34 +1,43 @@
 // Solves small problems whose kernel and its transpose both stay in the first cache. A half-step is then the product of one
 // of the two and the other side's scaled weights, without sums across lanes. A few problems are under way at a time: while
 // one's sums wait for each other and for their scalings, another's don't. The iterations are those of LaneSinkhorn
-// (sinkhorn_lanes.h), and what it leaves to Sinkhorn this does too.
+// (sinkhorn_lanes.h), and what it leaves to Sinkhorn this does too. A problem whose scalings an iteration leaves as they
+// were, to the bit, is at its end, since all that follow would, and makes room for the next.
 
 class TransposedSinkhorn {
  public:
-  // How many problems the first cache holds.
-  static int64_t together(int64_t n, int64_t m) {
-    return std::min(kFirstCache / (Matrix::size(n, m) + Matrix::size(m, n)), kMostTogether);
-  }
+  static bool suits(int64_t n, int64_t m) { return together(n, m) > 0; }
 
-  // Of problems of one shape, at most together(n, m).
+  // Of problems of one shape, at most kWidth.
   TransposedSinkhorn(const float* cost, const SinkhornOptions& options, const SinkhornProblem* problems, int count, Arena& arena)
       : cost_(cost), options_(options), problems_(problems), count_(count) {
-    for (int p = 0; p < count; ++p) works_[p].take(problems->n, problems->m, arena);
+    slots_ = int(std::min<int64_t>(together(problems->n, problems->m), count));
+    for (int i = 0; i < slots_; ++i) works_[i].take(problems->n, problems->m, arena);
   }
 
   // Returns the lanes whose numbers are those of solved problems.
   vint solve() {
+    Work works[kMostTogether];  // here: what stores of numbers can't change
+    std::copy_n(works_, slots_, works);
     vint good{};
-    bool all_tame = true;
-    for (int p = 0; p < count_; ++p) {
-      Work& work = works_[p];
-      good[p] = -int(build(p, work.tame) & work.rows.weigh(problems_[p].a) & work.columns.weigh(problems_[p].b));
-      work.tame &= work.columns.mass >= 1 / kMostMass;
-      all_tame &= work.tame;
-    }
-    good &= all_tame ? iterate<false>() : iterate<true>();
-    for (int p = 0; p < count_; ++p) {
-      if (good[p]) finish(p);
+    int left = 0;
+    while (left < slots_ && start(works[left])) ++left;
+    while (left > 0) {
+      for (int i = 0; i < left; ++i) update(works[i], works[i].transposed, works[i].columns, works[i].rows);
+      for (int i = 0; i < left;) {
+        Work& work = works[i];
+        const vint changed = update(work, work.kernel, work.rows, work.columns);
+        const bool ends = ++work.n_iters == options_.n_iters || (work.n_iters > 1 && !any(changed));
+        if (ends && calm(work)) {
+          finish(work);
+          good[work.problem] = -1;
+        }
+        if (ends && !start(work)) {
+          std::swap(work, works[--left]);
+        } else {
+          ++i;
+        }
+      }
     }
     return good;
   }
@@ -36,6 +45,11 @@ class TransposedSinkhorn {
  private:
   static constexpr int64_t kMostTogether = std::min(kWidth, 4);
   static constexpr int kChains = 4;  // of dependent sums, for each vector of them
+
+  // How many problems the first cache holds.
+  static int64_t together(int64_t n, int64_t m) {
+    return std::min(kFirstCache / (Matrix::size(n, m) + Matrix::size(m, n)), kMostTogether);
+  }
 
   // A number for each of `rows` and `columns`, these in pairs of vectors (and the one left over), in each [row][vector]. To a
   // multiple of four rows.
@@ -97,7 +111,10 @@ class TransposedSinkhorn {
   struct Work {
     Matrix kernel, transposed;
     Side rows, columns;
-    bool tame;  // its scalings needn't be watched
+    int problem;
+    int64_t n_iters;
+    bool tame;                // its scalings needn't be watched
+    vfloat least, greatest;  // else, of its scalings
 
     void take(int64_t n, int64_t m, Arena& arena) {
       kernel.take(n, m, arena);
@@ -107,15 +124,29 @@ class TransposedSinkhorn {
     }
   };
 
+  // Prepares the next problem that plain scalings suit, if there is one.
+  bool start(Work& work) {
+    while (next_ < count_) {
+      work.problem = next_++;
+      work.n_iters = 0;
+      work.least = broadcast(INFINITY), work.greatest = vfloat{};
+      const SinkhornProblem& problem = problems_[work.problem];
+      const bool good = build(work) & work.rows.weigh(problem.a) & work.columns.weigh(problem.b);
+      work.tame &= work.columns.mass >= 1 / kMostMass;
+      if (good) return true;
+    }
+    return false;
+  }
+
   // Whether float32 holds the kernel. Sets `tame`, to whether no cost is negative.
   //
   // Costs from 0 to R times eps are tame: no scaling overflows on the way. An iteration takes g, as a vector, no farther
   // from where it ends (Franklin and Lorenz, 1989), which is at numbers that differ by R eps at most, and so may be chosen
   // within R / 2 eps of zero, where g begins. Then |g| <= R eps always, and f is from -R to 2 R eps, less eps log(sum of b).
-  bool build(int p, bool& tame) {
-    const Matrix &kernel = works_[p].kernel, &transposed = works_[p].transposed;
+  bool build(Work& work) {
+    const Matrix kernel = work.kernel, transposed = work.transposed;
     const int64_t n = problems_->n, m = problems_->m;
-    const float* costs = cost_ + p * n * m;
+    const float* costs = cost_ + work.problem * n * m;
     const Unshifted unshifted(options_.eps);
     vint worst{}, signs{};
     // Beyond the edges the last row and column again: no sum is then zero, whose scaling would be infinite.
@@ -139,7 +170,7 @@ class TransposedSinkhorn {
         for (int64_t k = 0; k < kWidth && s * kWidth + k < transposed.depth; ++k) store(to + k * transposed.step(t), square[k]);
       }
     }
-    tame = !any(signs < 0);
+    work.tame = !any(signs < 0);
     return !any(worst > unshifted.limit);
   }
 
@@ -177,47 +208,40 @@ class TransposedSinkhorn {
     }
   }
 
-  // Returns the problems whose scalings, of zero weights too, end calm and, unless the problem is tame, are so all the time.
-  template <bool kWatched>
-  vint iterate() {
-    const int count = count_;  // these two: what the stores below can't change
-    Work works[kMostTogether];
-    std::copy_n(works_, count, works);
-    vfloat least[kMostTogether], greatest[kMostTogether];
-    for (int p = 0; p < count; ++p) least[p] = broadcast(INFINITY), greatest[p] = vfloat{};
-    const auto update = [&](int p, Matrix matrix, Side from, Side to) __attribute__((always_inline)) {
-      for_sums(matrix, from.moved, [&](int64_t i, vfloat sums) __attribute__((always_inline)) {
-        const vfloat scaling = 1.0f / sums;
-        if constexpr (kWatched) {
-          least[p] = minimum(least[p], scaling);
-          greatest[p] = maximum(greatest[p], scaling);
-        }
-        store(to.scaling + i, scaling);
-        store(to.moved + i, load(to.weight + i) * scaling);
-      });
-    };
-    for (int64_t k = 0; k < options_.n_iters; ++k) {
-      for (int p = 0; p < count; ++p) update(p, works[p].transposed, works[p].columns, works[p].rows);
-      for (int p = 0; p < count; ++p) update(p, works[p].kernel, works[p].rows, works[p].columns);
-    }
-    vint calm{};
-    for (int p = 0; p < count; ++p) {
-      vint all = ~vint{};
-      if (!works[p].tame) all = (least[p] >= broadcast(kTimid)) & (greatest[p] <= broadcast(kBold));
-      for (const Side& side : {works[p].rows, works[p].columns}) {
-        for (int64_t i = 0; i < side.padded; i += kWidth) {
-          const vfloat scaling = load(side.scaling + i);
-          all &= (scaling >= broadcast(kTimid)) & (scaling <= broadcast(kBold));
-        }
+  // A half-step: scalings `to` one side. Returns what changed.
+  static DPDIFF_INLINE vint update(Work& work, const Matrix matrix, const Side from, const Side to) {
+    const bool watched = !work.tame;
+    vfloat least = work.least, greatest = work.greatest;
+    vint changed{};
+    for_sums(matrix, from.moved, [&](int64_t i, vfloat sums) __attribute__((always_inline)) {
+      const vfloat scaling = 1.0f / sums;
+      if (watched) {
+        least = minimum(least, scaling);
+        greatest = maximum(greatest, scaling);
       }
-      calm[p] = -int(!any(~all));
-    }
-    return calm;
+      changed |= scaling != load(to.scaling + i);
+      store(to.scaling + i, scaling);
+      store(to.moved + i, load(to.weight + i) * scaling);
+    });
+    if (watched) work.least = least, work.greatest = greatest;
+    return changed;
   }
 
-  void finish(int p) {
-    const Work& work = works_[p];
-    const SinkhornProblem& problem = problems_[p];
+  // Whether the scalings, of zero weights too, end calm and, unless the problem is tame, were so all the time.
+  static bool calm(const Work& work) {
+    vint all = ~vint{};
+    if (!work.tame) all = (work.least >= broadcast(kTimid)) & (work.greatest <= broadcast(kBold));
+    for (const Side& side : {work.rows, work.columns}) {
+      for (int64_t i = 0; i < side.padded; i += kWidth) {
+        const vfloat scaling = load(side.scaling + i);
+        all &= (scaling >= broadcast(kTimid)) & (scaling <= broadcast(kBold));
+      }
+    }
+    return !any(~all);
+  }
+
+  void finish(const Work& work) {
+    const SinkhornProblem& problem = problems_[work.problem];
     const int64_t n = problem.n, m = problem.m;
     LaneSums mass, cost, error;
     for_sums(work.transposed, work.columns.moved, [&](int64_t i, vfloat sums) __attribute__((always_inline)) {
@@ -228,7 +252,7 @@ class TransposedSinkhorn {
     const bool streamed = problem.streams && m % kWidth == 0 && uintptr_t(problem.plan) % sizeof(vfloat) == 0;
     for (int64_t t = 0; t < work.kernel.tiles; ++t) {
       const int64_t j = t * kWidth;
-      const float *kernel = work.kernel.tile(t), *costs = cost_ + p * n * m + j;
+      const float *kernel = work.kernel.tile(t), *costs = cost_ + work.problem * n * m + j;
       float* plan = problem.plan == nullptr ? nullptr : problem.plan + j;
       const vfloat v = load(work.columns.moved + j);
       vfloat marginal{}, of_costs{};
@@ -259,5 +283,6 @@ class TransposedSinkhorn {
   const SinkhornOptions& options_;
   const SinkhornProblem* problems_;
   const int count_;
+  int slots_, next_ = 0;
   Work works_[kMostTogether];
 };
