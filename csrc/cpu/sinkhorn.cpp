@@ -54,8 +54,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sinkhorn(
   float *fs = data_of(f), *gs = data_of(g), *totals = data_of(total), *values = data_of(value), *errors = data_of(error);
   int64_t* counts = used.mutable_data_ptr<int64_t>();
   const auto solve = DPDIFF_DISPATCH(sinkhorn_dense);
-  const int64_t share = batch / torch::stable::get_num_threads() + 1;
-  const int64_t together = DPDIFF_DISPATCH(sinkhorn_together)(chosen, n, m, share);
+  const int64_t together = DPDIFF_DISPATCH(sinkhorn_together)(chosen, n, m);
   for_problems((batch + together - 1) / together, together * n * m, [&](int64_t group, Arena& arena, bool parallel) {
     const int64_t first = group * together, count = std::min(together, batch - first);
     std::vector<SinkhornProblem> problems;

@@ -14,11 +14,10 @@ inline bool plain(const SinkhornOptions& options, int64_t n, int64_t m) {
   return n * m > 0 && options.n_iters > 0 && options.tol == 0 && options.tau_a == INFINITY && options.tau_b == INFINITY;
 }
 
-// How many problems sinkhorn_dense should be given at a time, where each thread has `share` of them.
-int64_t sinkhorn_together(const SinkhornOptions& options, int64_t n, int64_t m, int64_t share) {
+// How many problems sinkhorn_dense should be given at a time.
+int64_t sinkhorn_together(const SinkhornOptions& options, int64_t n, int64_t m) {
   if (!plain(options, n, m)) return 1;
-  if (LaneSinkhorn::suits(n, m)) return kWidth;
-  return TransposedSinkhorn::suits(n, m) ? std::min<int64_t>(share, kWidth) : 1;
+  return LaneSinkhorn::suits(n, m) ? kWidth : std::max<int64_t>(TransposedSinkhorn::together(n, m), 1);
 }
 
 // Problems of one shape, whose costs follow each other.
@@ -30,7 +29,7 @@ void sinkhorn_dense(const float* cost, const SinkhornOptions& options, const Sin
   if (plain(options, n, m)) {
     if (LaneSinkhorn::suits(n, m)) {
       solved = LaneSinkhorn(cost, options, problems, int(count), arena).solve();
-    } else if (TransposedSinkhorn::suits(n, m)) {
+    } else if (TransposedSinkhorn::together(n, m) > 0) {
       solved = TransposedSinkhorn(cost, options, problems, int(count), arena).solve();
     }
   }

@@ -2,41 +2,41 @@
 // of the two and the other side's scaled weights, without sums across lanes. A few problems are under way at a time: while
 // one's sums wait for each other and for their scalings, another's don't. The iterations are those of LaneSinkhorn
 // (sinkhorn_lanes.h), and what it leaves to Sinkhorn this does too. A problem whose scalings an iteration leaves as they
-// were, to the bit, is at its end, since all that follow would, and makes room for the next.
+// were, to the bit, is at its end, since all that follow would.
 
 class TransposedSinkhorn {
  public:
-  static bool suits(int64_t n, int64_t m) { return together(n, m) > 0; }
-
-  // Of problems of one shape, at most kWidth.
-  TransposedSinkhorn(const float* cost, const SinkhornOptions& options, const SinkhornProblem* problems, int count, Arena& arena)
-      : cost_(cost), options_(options), problems_(problems), count_(count) {
-    slots_ = int(std::min<int64_t>(together(problems->n, problems->m), count));
-    for (int i = 0; i < slots_; ++i) works_[i].take(problems->n, problems->m, arena);
+  // How many problems the first cache holds.
+  static int64_t together(int64_t n, int64_t m) {
+    return std::min(kFirstCache / (Matrix::size(n, m) + Matrix::size(m, n)), kMostTogether);
   }
+
+  // Of problems of one shape, at most together(n, m).
+  TransposedSinkhorn(const float* cost, const SinkhornOptions& options, const SinkhornProblem* problems, int count, Arena& arena)
+      : cost_(cost), options_(options), problems_(problems), count_(count), arena_(arena) {}
 
   // Returns the lanes whose numbers are those of solved problems.
   vint solve() {
     Work works[kMostTogether];  // here: what stores of numbers can't change
-    std::copy_n(works_, slots_, works);
     vint good{};
     int left = 0;
-    while (left < slots_ && start(works[left])) ++left;
-    while (left > 0) {
+    for (int p = 0; p < count_; ++p) {
+      if (start(p, works[left])) ++left;
+    }
+    for (int64_t k = 1; left > 0; ++k) {
       for (int i = 0; i < left; ++i) update(works[i], works[i].transposed, works[i].columns, works[i].rows);
       for (int i = 0; i < left;) {
         Work& work = works[i];
         const vint changed = update(work, work.kernel, work.rows, work.columns);
-        const bool ends = ++work.n_iters == options_.n_iters || (work.n_iters > 1 && !any(changed));
-        if (ends && calm(work)) {
+        if (k < options_.n_iters && (k == 1 || any(changed))) {
+          ++i;
+          continue;
+        }
+        if (calm(work)) {
           finish(work);
           good[work.problem] = -1;
         }
-        if (ends && !start(work)) {
-          std::swap(work, works[--left]);
-        } else {
-          ++i;
-        }
+        std::swap(work, works[--left]);
       }
     }
     return good;
@@ -45,11 +45,6 @@ class TransposedSinkhorn {
  private:
   static constexpr int64_t kMostTogether = std::min(kWidth, 4);
   static constexpr int kChains = 4;  // of dependent sums, for each vector of them
-
-  // How many problems the first cache holds.
-  static int64_t together(int64_t n, int64_t m) {
-    return std::min(kFirstCache / (Matrix::size(n, m) + Matrix::size(m, n)), kMostTogether);
-  }
 
   // A number for each of `rows` and `columns`, these in pairs of vectors (and the one left over), in each [row][vector]. To a
   // multiple of four rows.
@@ -112,7 +107,6 @@ class TransposedSinkhorn {
     Matrix kernel, transposed;
     Side rows, columns;
     int problem;
-    int64_t n_iters;
     bool tame;                // its scalings needn't be watched
     vfloat least, greatest;  // else, of its scalings
 
@@ -124,18 +118,15 @@ class TransposedSinkhorn {
     }
   };
 
-  // Prepares the next problem that plain scalings suit, if there is one.
-  bool start(Work& work) {
-    while (next_ < count_) {
-      work.problem = next_++;
-      work.n_iters = 0;
-      work.least = broadcast(INFINITY), work.greatest = vfloat{};
-      const SinkhornProblem& problem = problems_[work.problem];
-      const bool good = build(work) & work.rows.weigh(problem.a) & work.columns.weigh(problem.b);
-      work.tame &= work.columns.mass >= 1 / kMostMass;
-      if (good) return true;
-    }
-    return false;
+  // Prepares a problem; false where plain scalings don't suit it.
+  bool start(int p, Work& work) {
+    const SinkhornProblem& problem = problems_[p];
+    work.take(problem.n, problem.m, arena_);
+    work.problem = p;
+    work.least = broadcast(INFINITY), work.greatest = vfloat{};
+    const bool good = build(work) & work.rows.weigh(problem.a) & work.columns.weigh(problem.b);
+    work.tame &= work.columns.mass >= 1 / kMostMass;
+    return good;
   }
 
   // Whether float32 holds the kernel. Sets `tame`, to whether no cost is negative.
@@ -283,6 +274,5 @@ class TransposedSinkhorn {
   const SinkhornOptions& options_;
   const SinkhornProblem* problems_;
   const int count_;
-  int slots_, next_ = 0;
-  Work works_[kMostTogether];
+  Arena& arena_;
 };
