@@ -61,13 +61,13 @@ build &
 run_tests tests 200 tests/gpu &
 run_tests warm_up 200 "${suites[@]}" --device cuda --benchmark-disable -k "not reference" &
 if command -v compute-sanitizer >/dev/null; then # every instruction is checked: one small case of each kernel
-    step sanitize 60 compute-sanitizer --target-processes all --error-exitcode 3 "$python" -m pytest \
+    step sanitize 120 compute-sanitizer --target-processes all --error-exitcode 3 "$python" -m pytest \
         tests/gpu/test_nearest.py -q -p no:cacheprovider -k "equal_prototypes or values_and_gradients or statistics" &
 fi
 wait
 
 end=$((seconds - 15)) # which the report has
-export PYTEST_TIMEOUT=40 # seconds of one contender, where pytest-timeout is installed
+export PYTEST_TIMEOUT=80 # seconds of one contender, where pytest-timeout is installed
 step benchmarks 270 "$python" -m pytest "${suites[@]}" -q -p no:cacheprovider --device cuda --budget 0.05 \
     --benchmark-columns=median,iqr --results "$out/results/benchmarks.json"
 half=$(((end - SECONDS - 20) / 2)) # to compile ahead, and to time

@@ -31,6 +31,7 @@ from rich.table import Table
 import dpdiff_kernels as dk
 from benchmarks import results
 from benchmarks.timing import best_time
+from dpdiff_kernels import replay
 
 _SECONDS = 0.1  # of timing per candidate
 
@@ -65,10 +66,12 @@ def tried(sweep: Sweep, change: Callable[[Any], Any]) -> Iterator[None]:
     """In the block, the sweep's kernels have the tiles of a candidate."""
     pick = getattr(sweep.module, sweep.picker)
     setattr(sweep.module, sweep.picker, lambda *args, **kwargs: change(pick(*args, **kwargs)))
+    replay.forget()
     try:
         yield
     finally:
         setattr(sweep.module, sweep.picker, pick)
+        replay.forget()
 
 
 def attempt(sweep: Sweep, device: str, until: float = float("inf")) -> Iterator[Trial]:

@@ -34,6 +34,7 @@ _ALLOCATIONS = {
     _aten.new_empty_strided.default,
 }
 _running = threading.local()
+_everything: list["_Calls | _Routes"] = []
 
 
 def replayed(choice: Callable[[], str]) -> Callable[[Callable], Callable]:
@@ -55,7 +56,7 @@ def replayed(choice: Callable[[], str]) -> Callable[[Callable], Callable]:
                 or torch._C._len_torch_dispatch_stack() > 0
                 or torch._C._functorch.peek_interpreter_stack() is not None
                 or forward_ad._current_level >= 0
-                or torch.is_autocast_enabled("cuda")
+                or torch.is_autocast_enabled("cuda")  # which it may switch off on the way
             ):
                 return function(*args, **kwargs)
             values = (*args, *kwargs.values()) if kwargs else args
@@ -86,6 +87,12 @@ class ReplayedOperator:
 
 def is_on_gpu(tensor: Tensor) -> bool:
     return tensor.is_cuda
+
+
+def forget() -> None:
+    """Forgets all calls, as is needed where what they depend on is changed, such as a kernel's tiles."""
+    for calls in _everything:
+        calls.kept.clear()
 
 
 def forgo() -> None:
@@ -120,7 +127,9 @@ def _signature(values: Iterable) -> tuple[tuple | None, list[Tensor], bool]:
     device = tensors[0].get_device()  # the operators' checks have all of them on one
     if device >= 0 and device != torch.cuda.current_device():  # whose stream it would be
         return None, tensors, wanting
-    return (device, *key), tensors, wanting
+    kind = "cuda" if device >= 0 else "cpu"
+    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    return (device, autocast, *key), tensors, wanting
 
 
 class _Routes:
@@ -129,6 +138,7 @@ class _Routes:
     def __init__(self, function: Callable) -> None:
         self.function = function
         self.kept: dict[tuple, _Route | None] = {}
+        _everything.append(self)
 
     def run(self, key: tuple, values: Sequence, args: tuple, kwargs: dict) -> Any:
         try:
@@ -191,6 +201,7 @@ class _Calls:
     def __init__(self, function: Callable, share_empty: bool = False) -> None:
         self.function, self.share_empty = function, share_empty
         self.kept: dict[tuple, _Call | None] = {}
+        _everything.append(self)
 
     def run(self, key: tuple | None, tensors: list[Tensor], args: tuple, kwargs: dict) -> Any:
         if key is None or recorder() is not None:

@@ -11,6 +11,7 @@ import torch
 import dpdiff_kernels as dk
 from benchmarks import tune
 from benchmarks.tune import Sweep, attempt, table
+from dpdiff_kernels.replay import ReplayedOperator
 
 
 @pytest.fixture
@@ -58,6 +59,13 @@ def test_candidates_are_shared_by_processes_that_compile_ahead(sweep, monkeypatc
     assert tried == [0.002, 4.0, 0.008, 0.00004] and sweep.module.pick is pick
     tune.compile_ahead("", 0, 1, until=0)
     assert len(tried) == 4
+
+
+def test_a_replayed_operator_has_a_candidate_s_tiles(sweep):
+    module, seen = sweep.module, []
+    operator = ReplayedOperator(lambda x: (seen.append(module.pick(0.004)), x + 1)[1])
+    list(attempt(replace(sweep, run=lambda: operator(torch.ones(1))), "cpu"))
+    assert seen == [0.004, 0.002, 0.008, 4.0, 0.00004]
 
 
 def test_the_table_has_what_is_faster(sweep):

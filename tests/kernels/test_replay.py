@@ -72,6 +72,16 @@ def test_sizes_strides_types_alignment_and_options_have_recordings_of_their_own(
     assert function.runs == 7  # the third is as the first
 
 
+def test_autocast_has_recordings_of_its_own():
+    function = Counted(lambda x, y: x @ y)
+    operator = ReplayedOperator(function)
+    for dtype in (None, torch.bfloat16, None, torch.float16, torch.bfloat16):
+        x, y = operands(1)
+        with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
+            assert operator(x, y).dtype == (dtype or torch.float32)
+    assert function.runs == 3
+
+
 def test_operands_at_one_address_are_not_replayed():
     function = Counted(lambda x, y: x - y)
     operator = ReplayedOperator(function)
@@ -133,6 +143,16 @@ def test_calls_are_forgotten(monkeypatch):
     for size in (1, 2, 3, 3, 1):
         operator(torch.ones(size))
     assert function.runs == 4
+
+
+def test_all_calls_are_forgotten():
+    function = Counted(lambda x: x + 1)
+    operator = ReplayedOperator(function)
+    for _ in range(2):
+        for _ in range(2):
+            operator(torch.ones(3))
+        replay.forget()
+    assert function.runs == 2
 
 
 def test_an_error_ends_a_recording():
