@@ -34,7 +34,7 @@ _ALLOCATIONS = {
     _aten.new_empty_strided.default,
 }
 _running = threading.local()
-_everything: list["_Calls | _Routes"] = []
+_everything: list["_Kept"] = []
 
 
 def replayed(choice: Callable[[], str]) -> Callable[[Callable], Callable]:
@@ -61,9 +61,7 @@ def replayed(choice: Callable[[], str]) -> Callable[[Callable], Callable]:
                 return function(*args, **kwargs)
             values = (*args, *kwargs.values()) if kwargs else args
             key, tensors, wanting = _signature(values)
-            if key is None:
-                return function(*args, **kwargs)
-            key = (choice(), *kwargs, *key)
+            key = key and (choice(), *kwargs, *key)
             if wanting and torch.is_grad_enabled():
                 return routes.run(key, values, args, kwargs)
             return calls.run(key, tensors, args, kwargs)
@@ -113,49 +111,60 @@ def _signature(values: Iterable) -> tuple[tuple | None, list[Tensor], bool]:
     for x in values:
         kind = type(x)
         if kind is Tensor or kind is Parameter:
-            address = x.data_ptr()
+            try:
+                address = x.data_ptr()
+                key += x.shape, x.stride(), x.dtype, x.get_device(), address % _ALIGNED
+            except RuntimeError:  # a sparse one, say, of which the function will complain
+                return None, tensors, wanting
             if address in addresses:
                 return None, tensors, wanting
             addresses.add(address)
             tensors.append(x)
             wanting |= x.requires_grad
-            key += x.shape, x.stride(), x.dtype, address % _ALIGNED
         elif isinstance(x, Tensor):
             return None, tensors, wanting
         else:
             key += kind, x
-    device = tensors[0].get_device()  # the operators' checks have all of them on one
+    device = tensors[0].get_device()
     if device >= 0 and device != torch.cuda.current_device():  # whose stream it would be
         return None, tensors, wanting
     kind = "cuda" if device >= 0 else "cpu"
-    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    return (device, autocast, *key), tensors, wanting
+    key.append(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None)
+    return tuple(key), tensors, wanting
 
 
-class _Routes:
-    """Calls with a gradient."""
+class _Kept:
+    """What is kept of a function's calls, by their keys: `repeat(given)` does without the function; None: it is run."""
 
     def __init__(self, function: Callable) -> None:
         self.function = function
-        self.kept: dict[tuple, _Route | None] = {}
+        self.kept: dict[tuple, Any] = {}
         _everything.append(self)
 
-    def run(self, key: tuple, values: Sequence, args: tuple, kwargs: dict) -> Any:
+    def run(self, key: tuple | None, given: Sequence, args: tuple, kwargs: dict) -> Any:
+        if key is None or recorder() is not None:
+            return self.function(*args, **kwargs)
         try:
-            route = self.kept.get(key, self)
+            known = key in self.kept
         except TypeError:  # an argument without a hash, of which the function will complain
             return self.function(*args, **kwargs)
-        if route is None:
-            return self.function(*args, **kwargs)
-        if route is not self:
-            return route.take(values)
-        if len(self.kept) >= _MOST_CALLS:
-            self.kept.clear()
+        if not known:
+            if len(self.kept) >= _MOST_CALLS:
+                self.kept.clear()
+            results, self.kept[key] = self.first(given, args, kwargs)
+            return results
+        kept = self.kept[key]
+        return self.function(*args, **kwargs) if kept is None else kept.repeat(given)
+
+
+class _Routes(_Kept):
+    """Of calls with a gradient, the operator that they come to."""
+
+    def first(self, values: Sequence, args: tuple, kwargs: dict) -> tuple[Any, "_Route | None"]:
         _running.seen = []
         try:
             results = self.function(*args, **kwargs)
-            self.kept[key] = _Route.of(_running.seen, values, results)
-            return results
+            return results, _Route.of(_running.seen, values, results)
         finally:
             _running.seen = None
 
@@ -168,7 +177,7 @@ class _Route(NamedTuple):
     filled: tuple[tuple[int, int], ...]  # place, and which value
     result: int
 
-    def take(self, values: Sequence) -> Tensor:
+    def repeat(self, values: Sequence) -> Tensor:
         arguments = self.arguments.copy()
         for place, value in self.filled:
             arguments[place] = values[value]
@@ -195,33 +204,19 @@ def saw(differentiable: Callable, arguments: tuple, outputs: Any) -> None:
         seen.append((differentiable, arguments, outputs))
 
 
-class _Calls:
-    """share_empty: results without elements may be the same tensors each time."""
+class _Calls(_Kept):
+    """Calls without a gradient. share_empty: results without elements may be the same tensors each time."""
 
     def __init__(self, function: Callable, share_empty: bool = False) -> None:
-        self.function, self.share_empty = function, share_empty
-        self.kept: dict[tuple, _Call | None] = {}
-        _everything.append(self)
+        super().__init__(function)
+        self.share_empty = share_empty
 
-    def run(self, key: tuple | None, tensors: list[Tensor], args: tuple, kwargs: dict) -> Any:
-        if key is None or recorder() is not None:
-            return self.function(*args, **kwargs)
-        try:
-            call = self.kept.get(key, self)
-        except TypeError:  # an argument without a hash, of which the function will complain
-            return self.function(*args, **kwargs)
-        if call is None:
-            return self.function(*args, **kwargs)
-        if call is not self:
-            return call.replay(tensors)
-        if len(self.kept) >= _MOST_CALLS:
-            self.kept.clear()
+    def first(self, tensors: list[Tensor], args: tuple, kwargs: dict) -> tuple[Any, "_Call | None"]:
         _running.recorder = Recorder(tensors)
         try:
             with _running.recorder:
                 results = self.function(*args, **kwargs)
-            self.kept[key] = _running.recorder.call(results, self.share_empty)
-            return results
+            return results, _running.recorder.call(results, self.share_empty)
         finally:
             _running.recorder = None
 
@@ -242,7 +237,7 @@ class _Call(NamedTuple):
     results: list  # slots; None, or a tensor without elements, as they are
     make: Callable | None  # a tuple of them; None: a tensor alone
 
-    def replay(self, tensors: list[Tensor]) -> Any:
+    def repeat(self, tensors: list[Tensor]) -> Any:
         held = [None, *tensors, *[None] * (self.slots - len(tensors) - 1)]
         device = tensors[0].get_device()
         if device >= 0:

@@ -68,8 +68,7 @@ def answers(call, device, with_gradients):
 def test_replayed_and_run(device, call, with_gradients, monkeypatch):
     monkeypatch.setattr(replay, "is_on_gpu", lambda tensor: True)
     replayed = list(answers(call, device, with_gradients))
-    for kind in (replay._Calls, replay._Routes):
-        monkeypatch.setattr(kind, "run", lambda self, key, given, args, kwargs: self.function(*args, **kwargs))
+    monkeypatch.setattr(replay._Kept, "run", lambda self, key, given, args, kwargs: self.function(*args, **kwargs))
     for found, wanted in zip(replayed, answers(call, device, with_gradients), strict=True):
         torch.testing.assert_close(found, wanted, rtol=0, atol=0)
 
@@ -85,7 +84,7 @@ def test_every_operator_can_be_replayed(device, call, monkeypatch):
         return kept
 
     monkeypatch.setattr(replay.Recorder, "call", noted)
-    monkeypatch.setattr(replay._Calls, "run", fresh(replay._Calls.run))
+    monkeypatch.setattr(replay._Kept, "run", fresh(replay._Kept.run))
     list(answers(call, device, False))
     assert faults and not any(faults)
 

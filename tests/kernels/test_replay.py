@@ -246,6 +246,8 @@ def test_transforms_modes_and_subclasses_are_not_replayed(function):
 
 def test_functions_complain_themselves(function):
     function.replayed(torch.ones(3))
+    with pytest.raises(RuntimeError, match="sparse"):
+        function.replayed(torch.ones(3).to_sparse())
     with pytest.raises(TypeError):
         function.replayed(torch.ones(3), factor=[1])
     with pytest.raises(TypeError):
