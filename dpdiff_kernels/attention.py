@@ -197,7 +197,7 @@ def _fake_backward(grad_out, query, local_key, local_value, global_key, global_v
     return (
         reference.empty_like_query(query),
         *grads,
-        query.new_empty(0 if gate is None else gate.shape, dtype=torch.float32),
+        query.new_empty(0, dtype=torch.float32) if gate is None else gate.new_empty(gate.shape),
     )
 
 

@@ -244,9 +244,10 @@ class _Call(NamedTuple):
             held[_STREAM] = torch._C._cuda_getCurrentRawStream(device)
         with torch._C._AutoDispatchBelowAutograd():
             for call, arguments, filled, results, done in self.steps:
-                arguments = arguments.copy()
-                for place, slot in filled:
-                    arguments[place] = held[slot]
+                if filled:
+                    arguments = arguments.copy()
+                    for place, slot in filled:
+                        arguments[place] = held[slot]
                 found = call(*arguments)
                 if len(results) == 1:
                     held[results[0]] = found

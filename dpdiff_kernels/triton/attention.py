@@ -219,7 +219,8 @@ def prototype_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     problem = _problem(query, local_key, global_key, gate, groups)
     grad_query = empty_like_query(query)
-    grad_gate = query.new_empty(0 if gate is None else gate.shape, dtype=torch.float32)
+    empty = query.new_empty(0, dtype=torch.float32)
+    grad_gate = empty if gate is None else gate.new_empty(gate.shape)
     banks = [_rows(bank) for bank in (local_key, local_value, global_key, global_value)]
     if query.numel() == 0:
         return grad_query, *(query.new_zeros(0 if bank is None else bank.shape) for bank in banks), grad_gate
@@ -357,7 +358,7 @@ def _variant(
 ) -> Variant:
     """absent: arguments that are None. kinds: of tensors that aren't as usual."""
     kinds = {"lists": "*i32", "counts": "*i32", "mask": "*i1"} | (kinds or {})
-    kinds |= dict.fromkeys(("reference", "total", "sums", "grad_gate"), "*fp32")
+    kinds |= dict.fromkeys(("reference", "total", "sums"), "*fp32")
     names = kernel.arg_names
     tensors = names[: names.index(next(name for name in names if name.endswith("_b")))]
     numbers = [n for n in names[len(tensors) :] if not n.isupper()]
