@@ -107,24 +107,25 @@ def recorder() -> "Recorder | None":
 def _signature(values: Iterable) -> tuple[tuple | None, list[Tensor], bool]:
     """What a call depends on, but for what the tensors hold (None where it isn't to be replayed), the tensors, and
     whether one of them wants a gradient."""
-    key, tensors, addresses, wanting = [], [], set(), False
+    key, tensors, addresses, wanting = [], [], [], False
     for x in values:
         kind = type(x)
         if kind is Tensor or kind is Parameter:
             try:
                 address = x.data_ptr()
-                key += x.shape, x.stride(), x.dtype, x.get_device(), address % _ALIGNED
+                key.append((x.shape, x.stride(), x.dtype, x.get_device(), address % _ALIGNED))
             except RuntimeError:  # a sparse one, say, of which the function will complain
                 return None, tensors, wanting
-            if address in addresses:
-                return None, tensors, wanting
-            addresses.add(address)
             tensors.append(x)
-            wanting |= x.requires_grad
+            addresses.append(address)
+            if x.requires_grad:
+                wanting = True
         elif isinstance(x, Tensor):
             return None, tensors, wanting
         else:
-            key += kind, x
+            key.append((kind, x))
+    if len(set(addresses)) < len(addresses):
+        return None, tensors, wanting
     device = tensors[0].get_device()
     if device >= 0 and device != torch.cuda.current_device():  # whose stream it would be
         return None, tensors, wanting
