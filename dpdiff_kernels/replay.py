@@ -146,15 +146,14 @@ class _Kept:
         if key is None or recorder() is not None:
             return self.function(*args, **kwargs)
         try:
-            known = key in self.kept
+            kept = self.kept.get(key, self)
         except TypeError:  # an argument without a hash, of which the function will complain
             return self.function(*args, **kwargs)
-        if not known:
+        if kept is self:
             if len(self.kept) >= _MOST_CALLS:
                 self.kept.clear()
             results, self.kept[key] = self.first(given, args, kwargs)
             return results
-        kept = self.kept[key]
         return self.function(*args, **kwargs) if kept is None else kept.repeat(given)
 
 
