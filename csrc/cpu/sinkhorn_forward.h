@@ -30,11 +30,15 @@ class Sinkhorn {
         chunks_(chunks_of(problem.n, problem.m)),
         sweep_(choose_sweep(width_)),
         in_plan_(Source::kStored && problem.plan != nullptr && problem.n * problem.m >= kLeastInPlan &&
-                 problem.n % kWidth == 0 && problem.m % kWidth == 0) {
+                 problem.n % kWidth == 0 && problem.m % kWidth == 0),
+        looks_(options.n_iters, 8) {
     next_scaling_ = rows_.floats(arena);
     next_moved_ = rows_.floats(arena);
     next_target_ = rows_.floats(arena);
     std::copy_n(rows_.target, rows_.padded, next_target_);
+    potentials_ = arena.take<double>(width_);
+    seen_ = arena.take<double>(width_);
+    std::fill_n(seen_, width_, 0.0);
     partial_ = arena.take<float>(chunks_ * width_);
     totals_ = arena.take<Totals>(chunks_);
     scratch_ = arena.take<float>(parallel ? 0 : width_ * kWidth);
@@ -257,6 +261,10 @@ class Sinkhorn {
                 psis.least() < kLeastScaling;
       }
       record();
+      if (settled(used_ + 1)) {
+        used_ = options_.n_iters;
+        break;
+      }
       calm = light && !any(columns.restless);
       if ((large || !Source::kStored) && used_ + 1 < options_.n_iters) {
         rows_.absorb(options_.eps);
@@ -267,6 +275,23 @@ class Sinkhorn {
       }
     }
     return rows_.zeros_fit() && columns_.zeros_fit();
+  }
+
+  // Whether the iterations left may be spared. Not where each has its potentials in the history, nor where a tolerance ends
+  // them, which the results tell of.
+  bool settled(int64_t used) {
+    if (problem_.history != nullptr || options_.tol > 0 || !looks_.due(used)) return false;
+    columns_.potentials(options_.eps, potentials_);
+    double least = INFINITY, greatest = -INFINITY;
+    for (int64_t j = 0; j < columns_.n; ++j) {
+      if (columns_.weight[j] == 0) continue;
+      least = std::min(least, potentials_[j] - seen_[j]);
+      greatest = std::max(greatest, potentials_[j] - seen_[j]);
+    }
+    std::swap(potentials_, seen_);
+    const double size = std::max(-least, greatest) / options_.eps, change = looks_.change(used);
+    if (rows_.relaxed() || columns_.relaxed()) return 2 * size <= change;
+    return (greatest - least) / options_.eps <= change && size <= looks_.shift();
   }
 
   void iterate_logs();
@@ -408,6 +433,8 @@ class Sinkhorn {
   Sweep* const sweep_;
   const bool in_plan_;  // the plan's memory is the kernel's, until a block of it becomes the plan's
   float *next_scaling_, *next_moved_, *next_target_;
+  const Looks looks_;
+  double *potentials_, *seen_;  // of the columns, now and at the last look
   float* partial_;  // column sums of each chunk
   Totals* totals_;  // of each chunk
   float* scratch_;

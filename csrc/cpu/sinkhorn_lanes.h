@@ -23,6 +23,8 @@ class LaneSinkhorn {
     kernel_ = arena.take<float>(padded_ * m_ * kWidth);
     staged_ = arena.take<float>(std::max(n_, m_) * kWidth);
     moved_ = arena.take<float>(m_ * kWidth);
+    seen_ = arena.take<float>(m_ * kWidth);
+    std::fill_n(seen_, m_ * kWidth, 1.0f);
     sums_ = arena.take<float>(m_ * kWidth);
   }
 
@@ -38,11 +40,11 @@ class LaneSinkhorn {
  private:
   // [row or column][lane]
   struct Side {
-    float *weight, *scaling;
+    float *weight, *scaling, *kept;  // kept: the scalings that lanes ended with
     LaneSums mass;
 
     Side(int64_t count, Arena& arena) {
-      for (float** part : {&weight, &scaling}) {
+      for (float** part : {&weight, &scaling, &kept}) {
         *part = arena.take<float>(count * kWidth);
         std::fill_n(*part, count * kWidth, 0.0f);
       }
@@ -124,6 +126,26 @@ class LaneSinkhorn {
     for (int r = 0; kRows && r < kLaneRows; ++r) rows[r] = sums[r];
   }
 
+  // The lanes of which the iterations left may be spared, by what the columns' scalings have changed since the last look.
+  vint settled(const Looks& looks, int64_t used) const {
+    vfloat least = broadcast(INFINITY), greatest{};
+    for (int64_t j = 0; j < m_ * kWidth; j += kWidth) {
+      const vfloat scaling = load(columns_.scaling + j), change = scaling / load(seen_ + j);
+      least = minimum(least, change);
+      greatest = maximum(greatest, change);
+      store(seen_ + j, scaling);
+    }
+    const float change = float(looks.change(used)), shift = float(looks.shift());
+    return (greatest - least <= broadcast(change)) & (least >= broadcast(1 - shift)) & (greatest <= broadcast(1 + shift));
+  }
+
+  // Some lanes' scalings, as they are now.
+  void keep(const Side& side, int64_t count, vint lanes) const {
+    for (int64_t i = 0; i < count * kWidth; i += kWidth) {
+      store(side.kept + i, select(lanes, load(side.scaling + i), load(side.kept + i)));
+    }
+  }
+
   // Returns the lanes whose scalings, of zero weights too, stay calm.
   vint iterate() {
     vfloat least = broadcast(INFINITY), greatest{};
@@ -135,7 +157,9 @@ class LaneSinkhorn {
       return moved;
     };
     std::copy_n(columns_.weight, m_ * kWidth, moved_);
-    for (int64_t k = 0; k < options_.n_iters; ++k) {
+    const Looks looks(options_.n_iters, 8);
+    vint left = ~vint{};  // the lanes that still count; others stay as they were, whatever their neighbours are
+    for (int64_t k = 0; k < options_.n_iters && any(left); ++k) {
       std::fill_n(sums_, m_ * kWidth, 0.0f);
       // to and fro: what was read last is nearest
       const int64_t first = k % 2 == 0 ? 0 : padded_ - kLaneRows, step = k % 2 == 0 ? kLaneRows : -kLaneRows;
@@ -152,7 +176,16 @@ class LaneSinkhorn {
         sweep<true, true>(entry(next), entry(i), rows);
       }
       for (int64_t j = 0; j < m_; ++j) store(moved_ + j * kWidth, scale(columns_, j, load(sums_ + j * kWidth)));
+      const bool last = k + 1 == options_.n_iters;
+      if (!last && !looks.due(k + 1)) continue;
+      const vint ends = last ? left : left & settled(looks, k + 1);
+      keep(rows_, n_, ends);
+      keep(columns_, m_, ends);
+      left &= ~ends;
     }
+    std::swap(rows_.scaling, rows_.kept);
+    std::swap(columns_.scaling, columns_.kept);
+    for (int64_t j = 0; j < m_ * kWidth; j += kWidth) store(moved_ + j, load(columns_.weight + j) * load(columns_.scaling + j));
     return (least >= broadcast(kTimid)) & (greatest <= broadcast(kBold));
   }
 
@@ -259,5 +292,6 @@ class LaneSinkhorn {
   const int64_t n_, m_, padded_;  // padded_: to whole groups of rows
   Side rows_, columns_;
   float *kernel_, *staged_;
+  float* seen_;            // the columns' scalings at the last look
   float *moved_, *sums_;  // of columns: weight * scaling, and the sums of the kernel and the rows' scaled weights
 };

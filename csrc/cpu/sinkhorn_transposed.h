@@ -1,8 +1,7 @@
 // Solves small problems whose kernel and its transpose both stay in the first cache. A half-step is then the product of one
 // of the two and the other side's scaled weights, without sums across lanes. A few problems are under way at a time: while
 // one's sums wait for each other and for their scalings, another's don't. The iterations are those of LaneSinkhorn
-// (sinkhorn_lanes.h), and what it leaves to Sinkhorn this does too. A problem whose scalings an iteration leaves as they
-// were, to the bit, is at its end, since all that follow would.
+// (sinkhorn_lanes.h), and what it leaves to Sinkhorn this does too.
 
 class TransposedSinkhorn {
  public:
@@ -18,6 +17,7 @@ class TransposedSinkhorn {
   // Returns the lanes whose numbers are those of solved problems.
   vint solve() {
     Work works[kMostTogether];  // here: what stores of numbers can't change
+    const Looks looks(options_.n_iters, 24);
     vint good{};
     int left = 0;
     for (int p = 0; p < count_; ++p) {
@@ -27,8 +27,8 @@ class TransposedSinkhorn {
       for (int i = 0; i < left; ++i) update(works[i], works[i].transposed, works[i].columns, works[i].rows);
       for (int i = 0; i < left;) {
         Work& work = works[i];
-        const vint changed = update(work, work.kernel, work.rows, work.columns);
-        if (k < options_.n_iters && (k == 1 || any(changed))) {
+        update(work, work.kernel, work.rows, work.columns);
+        if (k < options_.n_iters && !(looks.due(k) && settled(work, looks, k))) {
           ++i;
           continue;
         }
@@ -107,6 +107,7 @@ class TransposedSinkhorn {
     Matrix kernel, transposed;
     Side rows, columns;
     int problem;
+    float* seen;              // the columns' scalings at the last look
     bool tame;                // its scalings needn't be watched
     vfloat least, greatest;  // else, of its scalings
 
@@ -115,6 +116,8 @@ class TransposedSinkhorn {
       transposed.take(m, n, arena);
       rows.take(n, arena);
       columns.take(m, arena);
+      seen = arena.take<float>(columns.padded);
+      std::fill_n(seen, columns.padded, 1.0f);
     }
   };
 
@@ -199,23 +202,32 @@ class TransposedSinkhorn {
     }
   }
 
-  // A half-step: scalings `to` one side. Returns what changed.
-  static DPDIFF_INLINE vint update(Work& work, const Matrix matrix, const Side from, const Side to) {
+  // A half-step: scalings `to` one side.
+  static DPDIFF_INLINE void update(Work& work, const Matrix matrix, const Side from, const Side to) {
     const bool watched = !work.tame;
     vfloat least = work.least, greatest = work.greatest;
-    vint changed{};
     for_sums(matrix, from.moved, [&](int64_t i, vfloat sums) __attribute__((always_inline)) {
       const vfloat scaling = 1.0f / sums;
       if (watched) {
         least = minimum(least, scaling);
         greatest = maximum(greatest, scaling);
       }
-      changed |= scaling != load(to.scaling + i);
       store(to.scaling + i, scaling);
       store(to.moved + i, load(to.weight + i) * scaling);
     });
     if (watched) work.least = least, work.greatest = greatest;
-    return changed;
+  }
+
+  // Whether the iterations left may be spared, by what the columns' scalings have changed since the last look.
+  static bool settled(const Work& work, const Looks& looks, int64_t used) {
+    Extent change;
+    for (int64_t i = 0; i < work.columns.padded; i += kWidth) {
+      const vfloat scaling = load(work.columns.scaling + i);
+      change.include(scaling / load(work.seen + i), ~vint{});
+      store(work.seen + i, scaling);
+    }
+    const double least = change.least() - 1.0, greatest = change.greatest() - 1.0;
+    return greatest - least <= looks.change(used) && std::max(-least, greatest) <= looks.shift();
   }
 
   // Whether the scalings, of zero weights too, end calm and, unless the problem is tame, were so all the time.
