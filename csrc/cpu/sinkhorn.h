@@ -12,6 +12,7 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include "../sinkhorn_looks.h"
 #include "memory.h"
 
 namespace dpdiff {
@@ -24,28 +25,6 @@ struct SinkhornOptions {
   int64_t n_iters;
   double tol;           // 0: none
   double tau_a, tau_b;  // infinity: balanced
-};
-
-// When iterations may end before the last: once those left can't change an entry of the plan by more than 2^-17 of itself.
-//
-// An iteration takes two potentials g, as vectors, no farther apart: in the spread of their differences or, where a side is
-// relaxed, in the largest (Franklin and Lorenz, 1989). So what g moves in some iterations bounds what it will in as many more.
-// And the plan changes, in units of eps, by no more than that, or twice that where relaxed: balanced, f takes back what all
-// of g is shifted by. Such a shift comes from rounding, or from weights whose sums differ, and then goes on.
-class Looks {
- public:
-  // Closer looks end earlier where they end, which they do where little is rounded.
-  Looks(int64_t n_iters, int64_t looks) : n_iters_(n_iters), every_((n_iters + looks - 1) / looks) {}
-
-  // Whether to look, after `used` iterations, at what has changed since the last look.
-  bool due(int64_t used) const { return used % every_ == 0 && used < n_iters_; }
-
-  // What the plan may have changed by since then for the iterations to end, and what rounding may have shifted.
-  double change(int64_t used) const { return 0x1p-17 * double(every_) / double(n_iters_ - used); }
-  double shift() const { return 0x1p-20 * double(every_); }
-
- private:
-  const int64_t n_iters_, every_;
 };
 
 // One problem: weights (n,) and (m,), and where its results go. Its cost is the kernels' other argument.

@@ -247,6 +247,8 @@ class Sinkhorn {
     vfloat carried = broadcast(columns_.carried() / kWidth);
     const bool light = std::max(rows_.mass, columns_.mass) <= kMostMass;
     bool calm = light && reduce_add(carried) <= kMostMass * kBold;
+    // Not where a tolerance ends the iterations, which the results tell of, nor where the history has the potentials of each.
+    int64_t look = options_.tol > 0 || problem_.history != nullptr ? 0 : looks_.every();
     for (used_ = 0; used_ < options_.n_iters; ++used_) {
       const Totals rows = update_rows();
       if (used_ > 0 && reduce_add(rows.error) + rows_.stranded + columns_.stranded < options_.tol) break;
@@ -261,9 +263,12 @@ class Sinkhorn {
                 psis.least() < kLeastScaling;
       }
       record();
-      if (settled(used_ + 1)) {
-        used_ = options_.n_iters;
-        break;
+      if (used_ + 1 == look) {
+        look += looks_.every();
+        if (at_rest(used_ + 1)) {
+          used_ = options_.n_iters;
+          break;
+        }
       }
       calm = light && !any(columns.restless);
       if ((large || !Source::kStored) && used_ + 1 < options_.n_iters) {
@@ -277,10 +282,8 @@ class Sinkhorn {
     return rows_.zeros_fit() && columns_.zeros_fit();
   }
 
-  // Whether the iterations left may be spared. Not where each has its potentials in the history, nor where a tolerance ends
-  // them, which the results tell of.
-  bool settled(int64_t used) {
-    if (problem_.history != nullptr || options_.tol > 0 || !looks_.due(used)) return false;
+  // Whether the iterations left may be spared, by what the columns' potentials have changed since the last look.
+  bool at_rest(int64_t used) {
     columns_.potentials(options_.eps, potentials_);
     double least = INFINITY, greatest = -INFINITY;
     for (int64_t j = 0; j < columns_.n; ++j) {
@@ -289,9 +292,7 @@ class Sinkhorn {
       greatest = std::max(greatest, potentials_[j] - seen_[j]);
     }
     std::swap(potentials_, seen_);
-    const double size = std::max(-least, greatest) / options_.eps, change = looks_.change(used);
-    if (rows_.relaxed() || columns_.relaxed()) return 2 * size <= change;
-    return (greatest - least) / options_.eps <= change && size <= looks_.shift();
+    return looks_.at_rest(least / options_.eps, greatest / options_.eps, rows_.relaxed() || columns_.relaxed(), used);
   }
 
   void iterate_logs();
@@ -433,7 +434,7 @@ class Sinkhorn {
   Sweep* const sweep_;
   const bool in_plan_;  // the plan's memory is the kernel's, until a block of it becomes the plan's
   float *next_scaling_, *next_moved_, *next_target_;
-  const Looks looks_;
+  const SinkhornLooks looks_;
   double *potentials_, *seen_;  // of the columns, now and at the last look
   float* partial_;  // column sums of each chunk
   Totals* totals_;  // of each chunk

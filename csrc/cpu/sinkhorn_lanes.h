@@ -127,7 +127,7 @@ class LaneSinkhorn {
   }
 
   // The lanes of which the iterations left may be spared, by what the columns' scalings have changed since the last look.
-  vint settled(const Looks& looks, int64_t used) const {
+  vint at_rest(const SinkhornLooks& looks, int64_t used) const {
     vfloat least = broadcast(INFINITY), greatest{};
     for (int64_t j = 0; j < m_ * kWidth; j += kWidth) {
       const vfloat scaling = load(columns_.scaling + j), change = scaling / load(seen_ + j);
@@ -135,8 +135,9 @@ class LaneSinkhorn {
       greatest = maximum(greatest, change);
       store(seen_ + j, scaling);
     }
-    const float change = float(looks.change(used)), shift = float(looks.shift());
-    return (greatest - least <= broadcast(change)) & (least >= broadcast(1 - shift)) & (greatest <= broadcast(1 + shift));
+    vint lanes{};
+    for (int i = 0; i < kWidth; ++i) lanes[i] = looks.at_rest(least[i] - 1.0, greatest[i] - 1.0, false, used) ? -1 : 0;
+    return lanes;
   }
 
   // Some lanes' scalings, as they are now.
@@ -157,7 +158,8 @@ class LaneSinkhorn {
       return moved;
     };
     std::copy_n(columns_.weight, m_ * kWidth, moved_);
-    const Looks looks(options_.n_iters, 8);
+    const SinkhornLooks looks(options_.n_iters, 8);
+    int64_t look = looks.every();
     vint left = ~vint{};  // the lanes that still count; others stay as they were, whatever their neighbours are
     for (int64_t k = 0; k < options_.n_iters && any(left); ++k) {
       std::fill_n(sums_, m_ * kWidth, 0.0f);
@@ -177,8 +179,9 @@ class LaneSinkhorn {
       }
       for (int64_t j = 0; j < m_; ++j) store(moved_ + j * kWidth, scale(columns_, j, load(sums_ + j * kWidth)));
       const bool last = k + 1 == options_.n_iters;
-      if (!last && !looks.due(k + 1)) continue;
-      const vint ends = last ? left : left & settled(looks, k + 1);
+      if (!last && k + 1 != look) continue;
+      look += looks.every();
+      const vint ends = last ? left : left & at_rest(looks, k + 1);
       keep(rows_, n_, ends);
       keep(columns_, m_, ends);
       left &= ~ends;
@@ -292,6 +295,6 @@ class LaneSinkhorn {
   const int64_t n_, m_, padded_;  // padded_: to whole groups of rows
   Side rows_, columns_;
   float *kernel_, *staged_;
-  float* seen_;            // the columns' scalings at the last look
+  float* seen_;  // the columns' scalings at the last look
   float *moved_, *sums_;  // of columns: weight * scaling, and the sums of the kernel and the rows' scaled weights
 };

@@ -17,18 +17,19 @@ class TransposedSinkhorn {
   // Returns the lanes whose numbers are those of solved problems.
   vint solve() {
     Work works[kMostTogether];  // here: what stores of numbers can't change
-    const Looks looks(options_.n_iters, 24);
+    const SinkhornLooks looks(options_.n_iters, 24);
     vint good{};
     int left = 0;
     for (int p = 0; p < count_; ++p) {
       if (start(p, works[left])) ++left;
     }
+    int64_t look = looks.every();
     for (int64_t k = 1; left > 0; ++k) {
       for (int i = 0; i < left; ++i) update(works[i], works[i].transposed, works[i].columns, works[i].rows);
       for (int i = 0; i < left;) {
         Work& work = works[i];
         update(work, work.kernel, work.rows, work.columns);
-        if (k < options_.n_iters && !(looks.due(k) && settled(work, looks, k))) {
+        if (k < options_.n_iters && !(k == look && at_rest(work, looks, k))) {
           ++i;
           continue;
         }
@@ -38,6 +39,7 @@ class TransposedSinkhorn {
         }
         std::swap(work, works[--left]);
       }
+      if (k == look) look += looks.every();
     }
     return good;
   }
@@ -219,15 +221,14 @@ class TransposedSinkhorn {
   }
 
   // Whether the iterations left may be spared, by what the columns' scalings have changed since the last look.
-  static bool settled(const Work& work, const Looks& looks, int64_t used) {
+  static bool at_rest(const Work& work, const SinkhornLooks& looks, int64_t used) {
     Extent change;
     for (int64_t i = 0; i < work.columns.padded; i += kWidth) {
       const vfloat scaling = load(work.columns.scaling + i);
       change.include(scaling / load(work.seen + i), ~vint{});
       store(work.seen + i, scaling);
     }
-    const double least = change.least() - 1.0, greatest = change.greatest() - 1.0;
-    return greatest - least <= looks.change(used) && std::max(-least, greatest) <= looks.shift();
+    return looks.at_rest(change.least() - 1.0, change.greatest() - 1.0, false, used);
   }
 
   // Whether the scalings, of zero weights too, end calm and, unless the problem is tame, were so all the time.

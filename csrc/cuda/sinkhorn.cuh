@@ -10,6 +10,7 @@
 // (sinkhorn_logs.cuh). No atomics: the same input gives the same bits.
 #pragma once
 
+#include "../sinkhorn_looks.h"
 #include "sinkhorn_block.cuh"
 #include "sinkhorn_side.cuh"
 
@@ -313,6 +314,8 @@ class Sinkhorn : SinkhornBlock<Team, kLanes, kQuads, kHeld> {
     Held held;
 #pragma unroll
     for (int round = 0; round < 2 * kHeld - 1; ++round) load_rows(held_, first_row(round), held[round / 2][round % 2]);
+    const SinkhornLooks looks(task_.n_iters, 8);
+    int64_t look = task_.tol > 0 ? 0 : looks.after(state_.used);  // a tolerance ends the iterations, which the results tell of
     while (state_.used < task_.n_iters) {
       update_rows(held);
       const Stats rows = folded_stats();
@@ -323,9 +326,31 @@ class Sinkhorn : SinkhornBlock<Team, kLanes, kQuads, kHeld> {
       const bool bad = columns.bad(kLeastColumnSum * rows.moved);
       const bool any = team_.sync_or(bad || rows.large > 0 || columns.large());
       if (any && team_.sync_or(bad)) return kBad;
-      if (++state_.used < task_.n_iters && any) return kLarge;
+      ++state_.used;
+      if (state_.used == look) {
+        look += looks.every();
+        if (at_rest(looks)) state_.used = task_.n_iters;
+      }
+      if (state_.used < task_.n_iters && any) return kLarge;
     }
     return kDone;
+  }
+
+  // Whether the iterations left may be spared, by what the columns' scalings have changed since the last look. Each warp looks
+  // at all of them, the same numbers in all blocks.
+  DPDIFF_DEVICE bool at_rest(const SinkhornLooks& looks) {
+    float least[1] = {INFINITY}, greatest[1] = {0.0f};
+#pragma unroll 1
+    for (int j = lane_; j < columns_.n; j += 32) {
+      const float change = columns_.scaling()[j] * reciprocal(columns_.seen()[j]);
+      if (!(columns_.weight()[j] > 0)) continue;
+      least[0] = fminf(least[0], change), greatest[0] = fmaxf(greatest[0], change);
+    }
+    this->template reduce_lanes<16, 1>(least, Least());
+    this->template reduce_lanes<16, 1>(greatest, Most());
+    team_.sync();
+    for_points(columns_.n, [&](int j) { columns_.seen()[j] = columns_.scaling()[j]; });
+    return looks.at_rest(least[0] - 1.0, greatest[0] - 1.0, rows_.relaxed || columns_.relaxed, state_.used);
   }
 
   // Whether zero weights have scalings from which a potential can be told.
@@ -344,7 +369,7 @@ class Sinkhorn : SinkhornBlock<Team, kLanes, kQuads, kHeld> {
     return sums[0] == 0;
   }
 
-  // Moves the scalings into f0 and g0. Those that float32 can't hold stay: they are of zero weights.
+  // Moves the scalings into f0 and g0, so that the next look finds none to compare with. Those that float32 can't hold stay: they are of zero weights.
   DPDIFF_DEVICE void settle() const {
     const auto move = [&](const Side& side) {
       for_points(side.n, [&](int i) {
@@ -356,7 +381,10 @@ class Sinkhorn : SinkhornBlock<Team, kLanes, kQuads, kHeld> {
     };
     move(rows_);
     move(columns_);
-    for_points(columns_.n, [&](int j) { columns_.moved()[j] = fmaxf(columns_.weight()[j], 0.0f); });
+    for_points(columns_.n, [&](int j) {
+      columns_.moved()[j] = fmaxf(columns_.weight()[j], 0.0f);
+      columns_.seen()[j] = 0.0f;
+    });
     team_.sync();
   }
   DPDIFF_DEVICE bool absorb() {

@@ -3,11 +3,7 @@
 
 #include <stdint.h>
 
-#ifdef __CUDACC__
-#define DPDIFF_BOTH __host__ __device__
-#else
-#define DPDIFF_BOTH
-#endif
+#include "../host_device.h"
 
 namespace dpdiff {
 

@@ -51,6 +51,7 @@ struct SinkhornSide {
   DPDIFF_DEVICE float* pull() const { return array(5); }   // relaxed: exp(-base / (tau + eps))
   DPDIFF_DEVICE float* target() const { return array(6 + now); }  // relaxed: weight exp(-potential / tau)
   DPDIFF_DEVICE float* next_target() const { return array(7 - now); }
+  DPDIFF_DEVICE float* seen() const { return array(relaxed ? 7 : 5); }  // of columns: the scalings at the last look, or 0
 
   DPDIFF_DEVICE Pair base(int i) const { return {high()[i], low()[i]}; }
   DPDIFF_DEVICE void set_base(int i, Pair x) const { high()[i] = x.high, low()[i] = x.low; }

@@ -26,6 +26,7 @@ DPDIFF_DEVICE bool Sinkhorn<Team, kLanes, kQuads, kHeld>::read_weights() {
   };
   read(rows_, a, sums[0], sums[1]);
   read(columns_, b, sums[2], sums[3]);
+  for_points(columns_.n, [&](int j) { columns_.seen()[j] = 0.0f; });
   if (team_.rank() > 0) sums[2] = sums[3] = 0;
   sum_all(sums);
   state_.mass_a = sums[0], state_.mass_b = sums[2];

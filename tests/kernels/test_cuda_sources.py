@@ -176,6 +176,25 @@ def test_each_problem_stops_by_itself(solve, eps, tau_a):
     assert_agrees(t, in_float64(cost, **options), potential=2e-5)
 
 
+@pytest.mark.parametrize(
+    ("where", "tau"),
+    [({"held": 1}, TAUS[0])] + [(where, tau) for where in ({"size": 1}, {"size": 2, "shared": False}) for tau in TAUS],
+)
+def test_iterations_that_change_nothing_are_spared(solve, where, tau):
+    """At another iteration each, or not at all; from zero potentials and others, with absorption in between."""
+    eps = 0.02
+    cost, a, b = problem(6, 131, 20)
+    cost *= eps * 2 * torch.logspace(-1, 2, 6)[:, None, None]
+    cost[0, :, 3] = math.inf  # infeasible where balanced: f and g go on moving, though the plan doesn't
+    options = {"eps": eps, "n_iters": 24, "tau_a": tau[0], "tau_b": tau[1]}
+    exact = in_float64(cost, a, b, **options)
+    results = [solve(cost, a, b, **options, **where, seed=seed) for seed in range(2)]
+    assert all(torch.equal(x, y) for x, y in zip(*results))
+    assert_agrees(results[0], exact, potential=1e-5 * eps)
+    seen = exact.plan > 1e-30
+    assert_close(results[0].plan.double()[seen], exact.plan[seen], rtol=3e-5, atol=0)
+
+
 @pytest.mark.parametrize("size", [1, 4])
 def test_zero_weights_forbidden_and_infeasible_pairs(solve, size):
     cost, a, b = problem(3, 40, 6)
