@@ -106,8 +106,9 @@ def sinkhorn(
             the sums of a and b must agree to 1e-5 relative (float16: 4e-3, bfloat16: 3e-2).
         eps: the regularisation, in units of cost (not relative to its largest entry). Results are stable from 10 to
             1e-4 times the largest cost; the iterations that convergence takes grow as 1 / eps.
-        n_iters: the number of iterations, at least 1; with tol the largest number. Small problems on CPUs are spared
-            those that would leave their scalings as they are, to the bit, and so everything else.
+        n_iters: the number of iterations, at least 1; with tol the largest number. Without tol, the backends "cpp" and
+            "cuda" spare a problem the last ones as soon as these can't change an entry of its plan by more than 8e-6 of
+            itself; results, `n_iters` and gradients are those of all.
         tol: stops each problem of the batch by itself once its `error` is below; the check costs nothing. The error of
             float32 doesn't fall much below 1e-6 of the mass.
         tau_a: relaxes the row marginal, in units of cost. None: balanced.
@@ -140,7 +141,8 @@ def sinkhorn(
     thread at a time), never n_iters N M. There, zero weights and infinite costs get a zero gradient. Second
     derivatives: on the reference all, elsewhere those of value only. No backend has forward-mode ones: an error.
 
-    Work: O(N M) per iteration.
+    Work: O(N M) per iteration. Iterations are spared by a bound: each moves g, in the spread of its changes (where
+    relaxed, in the largest), no farther than the one before.
 
     Raises:
         TypeError: a dtype or the type of an option is wrong (mixed dtypes are promoted under autocast only).
@@ -149,7 +151,8 @@ def sinkhorn(
             negative weight gives NaN, and a difference in mass stays visible in `error`.
 
     References:
-        Cuturi, Sinkhorn distances, 2013. Chizat et al., Scaling algorithms for unbalanced optimal transport problems,
+        Cuturi, Sinkhorn distances, 2013. Franklin and Lorenz, On the scaling of multidimensional matrices, 1989 (that
+        bound, in Hilbert's metric). Chizat et al., Scaling algorithms for unbalanced optimal transport problems,
         2018 (relaxed marginals). Schmitzer, Stabilized sparse scaling algorithms for entropy regularized transport
         problems, 2019 (absorption).
     """

@@ -156,6 +156,15 @@ def test_many_problems(measure, uniform, shape, contender):
     measure(f"{shape[0]} problems of {shape[1]} x {shape[2]}, eps 0.05", run, **work(*shape))
 
 
+@contenders("ot.batch log", "ot.batch", *TORCH_LOOPS, backends=("triton", "reference"))
+def test_slow_convergence(measure, uniform, contender):
+    """Distances on a line: all 50 iterations count. Of uniform costs most change nothing any more, and are spared."""
+    cost = (uniform(32, 784, 1) - uniform(32, 1, 128, seed=1)).abs()
+    run = solved(contender, cost, 0.05)
+    check(run(), cost, 0.05, 50)
+    measure("32 problems of 784 x 128, distances on a line, eps 0.05", run, **work(32, 784, 128))
+
+
 @contenders(
     "ot.batch log", "log loop", on("cuda", "log loop graph"), "compiled log loop", backends=("triton", "reference")
 )
