@@ -32,8 +32,8 @@ _READING = """\
   not the fastest that there are. The rate for nearest prototypes of float32 tokens is bfloat16's, in
   which scores may be screened before they are settled in float32. On CPUs without bfloat16 products, float32's measured
   rate stands for both. On GPUs attention and Sinkhorn of points make float32 products of narrower ones, and can exceed
-  float32's rate. Sinkhorn's share is of all iterations, though dpdiff is spared those that can't change a plan any
-  more: of uniform costs at eps 0.05 most of the 50, of distances on a line none.
+  float32's rate. Sinkhorn's share is of all iterations, and may pass 100 % where dpdiff is spared those that can't
+  change a plan any more: of uniform costs at eps 0.05 most of the 50, of distances on a line none.
 
 **dpdiff** runs on the implementation that it chooses by itself, *dpdiff: reference* on its definition in plain PyTorch,
 which for `sinkhorn` is in float64. Contenders in italics don't solve the same problem, but a part of it or a plainer

@@ -106,9 +106,9 @@ def sinkhorn(
             the sums of a and b must agree to 1e-5 relative (float16: 4e-3, bfloat16: 3e-2).
         eps: the regularisation, in units of cost (not relative to its largest entry). Results are stable from 10 to
             1e-4 times the largest cost; the iterations that convergence takes grow as 1 / eps.
-        n_iters: the number of iterations, at least 1; with tol the largest number. Without tol, the backends "cpp" and
-            "cuda" spare a problem the last ones as soon as these can't change an entry of its plan by more than 8e-6 of
-            itself; results, `n_iters` and gradients are those of all.
+        n_iters: the number of iterations, at least 1; with tol the largest number. Without tol, all backends but
+            the reference spare a problem the last ones as soon as these can't change an entry of its plan by more than
+            8e-6 of itself; results, `n_iters` and gradients are those of all.
         tol: stops each problem of the batch by itself once its `error` is below; the check costs nothing. The error of
             float32 doesn't fall much below 1e-6 of the mass.
         tau_a: relaxes the row marginal, in units of cost. None: balanced.

@@ -15,7 +15,16 @@ from torch import Tensor
 
 from dpdiff_kernels import reference
 from dpdiff_kernels.triton.launch import Variant, ceil_div, launch, on_device, registered
-from dpdiff_kernels.triton.sinkhorn_iterations import adjoint, carried, damping, iterate, scalars, stopped, violation
+from dpdiff_kernels.triton.sinkhorn_iterations import (
+    ABSENT,
+    adjoint,
+    carried,
+    damping,
+    iterate,
+    scalars,
+    stopped,
+    violation,
+)
 
 _INF = tl.constexpr(float("inf"))
 _GRADIENT_TILE = {"ROWS": 32, "WIDTH": 64}
@@ -59,8 +68,8 @@ def _half_step(
     tiles = tl.cdiv(n, OUT)
     b = tl.program_id(0) // tiles  # made wide where it is multiplied: sm_90 would spill
     tile = tl.program_id(0) % tiles
-    if TOL:
-        if stopped(used, parts, stranded, b, k, n_parts, tol, COLUMNS):
+    if used is not None:
+        if stopped(used, parts, stranded, b, k, n_parts, tol, COLUMNS, TOL):
             return
     i = tile * OUT + tl.arange(0, OUT)
     most = tl.full((OUT,), -_INF, tl.float32)
@@ -212,7 +221,7 @@ class _Costs:
                 COLUMNS=columns, TOL=tol is not None, **_tiles(columns),
             )  # fmt: skip
 
-        return iterate(half_step, a, b, n_iters, tol, tau_b, n_parts, keep_all)
+        return iterate(half_step, a, b, self.eps, n_iters, tol, tau_a, tau_b, n_parts, keep_all)
 
     def transport(self, columns: bool, h: Tensor, k: Tensor, factor=None, plan=None, totals=None) -> Tensor:
         """Of h (B, N) and k (B, M) in float64: sums over the columns, or for columns over the rows."""
@@ -333,9 +342,9 @@ def variants(arch: str) -> Iterator[Variant]:
     for columns in (False, True):
         tiles = _tiles(columns)
         n_warps = tiles.pop("num_warps")
-        for tol in (False, True):
-            constants = {"COLUMNS": columns, "TOL": tol, **tiles}
-            constants |= ({"before": None} if columns else {}) | ({} if tol else {"parts": None, "stranded": None})
+        for absent in ABSENT:
+            constants = {"COLUMNS": columns, "TOL": not absent, **tiles}
+            constants |= dict.fromkeys(absent) | ({"before": None} if columns else {})
             signature = {name: kind for name, kind in everything.items() if name not in constants}
             yield Variant(_half_step, signature, constants, n_warps, divisible=("n", "m"))
         for optional in ((), ("factor",)) if columns else (("factor",), ("plan", "totals"), ("plan",), ("totals",)):

@@ -9,16 +9,20 @@ import triton.language as tl
 from torch import Tensor
 
 from dpdiff_kernels import reference
+from dpdiff_kernels.triton.launch import Variant, ceil_div, launch
 
+_LOOK = 1024  # columns at a time
+# What a half-step isn't given: with a tolerance, without one, and where no problem stops.
+ABSENT = ((), ("parts", "stranded"), ("parts", "stranded", "used"))
 _INF = tl.constexpr(float("inf"))
 
 
 @triton.jit
-def stopped(used, parts, stranded, b, k, n_parts, tol, COLUMNS: tl.constexpr):
-    """Whether problem b is done before iteration k; the columns' half-step, which reads the error of the rows that
-    the rows' half-step has just found, decides it. used is at least k as long as it isn't done."""
+def stopped(used, parts, stranded, b, k, n_parts, tol, COLUMNS: tl.constexpr, TOL: tl.constexpr):
+    """Whether problem b is done before iteration k. used is at least k as long as it isn't. Without a tolerance a look
+    has decided it; with one, the columns' half-step does, from the error of the rows that the rows' has just found."""
     done = tl.load(used + b) < k
-    if COLUMNS:
+    if TOL and COLUMNS:
         if k > 0:
             error = tl.load(stranded + b)
             for start in range(0, n_parts, 1024):
@@ -46,31 +50,71 @@ def carried(value, i, keep, b, n, log_weight):
     return tl.where((log_w > -_INF) & (value < _INF), value + log_w, -_INF)
 
 
+@triton.jit(do_not_specialize=["k"])
+def _look(g, seen, weight, used, k, m, eps: tl.float64, change, shift, RELAXED: tl.constexpr, WIDTH: tl.constexpr):
+    """Ends problem b at iteration k where g has moved too little since the last look for more to come of the iterations
+    left (csrc/sinkhorn_looks.h): by `change` at most, in units of eps, beside a shift that rounding makes."""
+    b = tl.program_id(0).to(tl.int64)
+    least = tl.full((WIDTH,), _INF, tl.float64)
+    greatest = tl.full((WIDTH,), -_INF, tl.float64)
+    for start in range(0, m, WIDTH):
+        j = start + tl.arange(0, WIDTH)
+        keep = j < m
+        now = tl.load(g + b * m + j, mask=keep, other=_INF)
+        before = tl.load(seen + b * m + j, mask=keep, other=0.0)
+        tl.store(seen + b * m + j, now, mask=keep)
+        counts = (tl.load(weight + b * m + j, mask=keep, other=0.0) > 0) & (now < _INF)
+        least = tl.minimum(least, tl.where(counts, now - before, _INF))
+        greatest = tl.maximum(greatest, tl.where(counts, now - before, -_INF))
+    low, high = tl.min(least, 0) / eps, tl.max(greatest, 0) / eps
+    size = tl.maximum(-low, high)
+    if RELAXED:
+        at_rest = 2 * size <= change
+    else:
+        at_rest = (high - low <= change) & (size <= shift)
+    if at_rest & (tl.load(used + b) > k):
+        tl.store(used + b, k.to(tl.int64))
+
+
 def iterate(
     half_step: Callable[..., None],
     a: Tensor,
     b: Tensor,
+    eps: float,
     n_iters: int,
     tol: float | None,
+    tau_a: float | None,
     tau_b: float | None,
     n_parts: int,
     keep_all: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Runs half_step(columns, k, f_before, out, used, parts, stranded). Returns f (B, N), g (B, M) in float64 and the
-    iterations used; with keep_all, f (B, n_iters, N) and g (B, n_iters, M) after each iteration, 0 after the last."""
-    batch, slots = a.shape[0], n_iters if keep_all else 2  # f before, in case that was within tol
+    iterations used; with keep_all, f (B, n_iters, N) and g (B, n_iters, M) after each iteration, 0 after the last.
+    Otherwise, without tol, problems are spared iterations that can't change their plan, which count as used."""
+    batch, spares = a.shape[0], tol is None and not keep_all
+    slots = n_iters if keep_all else 1 if spares else 2  # f before, in case that was within tol
+    every = ceil_div(n_iters, 8)
+    seen = torch.zeros_like(b, dtype=torch.float64)
     f = a.new_zeros(batch, slots, a.shape[1], dtype=torch.float64)
     g = b.new_zeros(batch, slots if keep_all else 1, b.shape[1], dtype=torch.float64)
     used = torch.full((batch,), n_iters if tol is None else 0, dtype=torch.int64, device=a.device)
+    stops = None if keep_all else used  # what the kernels look at
     parts, stranded = (None, None) if tol is None else (a.new_zeros(batch, n_parts), a.new_zeros(batch))
     for k in range(n_iters):
         to_f, to_g = f[:, k % slots], g[:, k % g.shape[1]]
-        half_step(False, k, f[:, (k - 1) % slots], to_f, used, parts, stranded)
-        half_step(True, k, None, to_g, used, parts, stranded)
+        half_step(False, k, f[:, (k - 1) % slots], to_f, stops, parts, stranded)
+        half_step(True, k, None, to_g, stops, parts, stranded)
         if k == 0 and tol is not None and tau_b is None:
             stranded = torch.where(to_g == float("inf"), b, 0).sum(-1)
+        if spares and (k + 1) % every == 0 and k + 1 < n_iters and b.numel():
+            launch(_look, traced=False)[(batch,)](
+                g, seen, b, used, k, b.shape[1], eps, 2**-17 * every / (n_iters - k - 1), 2**-20 * every,
+                RELAXED=(tau_a, tau_b) != (None, None), WIDTH=_LOOK, num_warps=4,
+            )  # fmt: skip
     if keep_all:
         return f, g, used
+    if spares:
+        return f.squeeze(1), g.squeeze(1), torch.full_like(used, n_iters)
     last = ((used - 1) % slots)[:, None, None].expand(-1, 1, a.shape[1])
     return f.gather(1, last).squeeze(1), g.squeeze(1), used
 
@@ -131,3 +175,11 @@ def adjoint(
         columns = transport(True, k_f, h_g, factor_f).double()
         of_f, of_g = torch.where(active, 0, of_f), torch.where(active, -columns, of_g)
         yield k, (h_f, k_g, factor_g), (k_f, h_g, factor_f), rows, columns
+
+
+def variants(arch: str) -> Iterator[Variant]:
+    """Every configuration that is launched on `arch`."""
+    signature = {"g": "*fp64", "seen": "*fp64", "weight": "*fp32", "used": "*i64", "k": "i32", "m": "i32"}
+    signature |= {"eps": "fp64", "change": "fp32", "shift": "fp32"}
+    for relaxed in (False, True):
+        yield Variant(_look, signature, {"RELAXED": relaxed, "WIDTH": _LOOK}, 4)

@@ -15,7 +15,16 @@ from torch import Tensor
 
 from dpdiff_kernels import reference
 from dpdiff_kernels.triton.launch import Variant, arch_of, ceil_div, launch, multiprocessors_of, on_device, registered
-from dpdiff_kernels.triton.sinkhorn_iterations import adjoint, carried, damping, iterate, scalars, stopped, violation
+from dpdiff_kernels.triton.sinkhorn_iterations import (
+    ABSENT,
+    adjoint,
+    carried,
+    damping,
+    iterate,
+    scalars,
+    stopped,
+    violation,
+)
 
 _INF = tl.constexpr(float("inf"))
 _LARGEST_SQUARE = 8e37  # beyond, a squared distance could overflow
@@ -103,8 +112,8 @@ def _half_step(
     tiles = tl.cdiv(n, OUT)
     b = (tl.program_id(0) // tiles).to(tl.int64)
     tile = tl.program_id(0) % tiles
-    if TOL:
-        if stopped(used, parts, stranded, b, k, n_parts, tol, COLUMNS):
+    if used is not None:
+        if stopped(used, parts, stranded, b, k, n_parts, tol, COLUMNS, TOL):
             return
     i = tile * OUT + tl.arange(0, OUT)
     keep = i < n
@@ -231,7 +240,7 @@ class _Points:
                     tol or 0.0, COLUMNS=columns, TOL=tol is not None, **tiles,
                 )  # fmt: skip
 
-        return iterate(half_step, a, b, n_iters, tol, tau_b, n_parts, keep_all)
+        return iterate(half_step, a, b, self.eps, n_iters, tol, tau_a, tau_b, n_parts, keep_all)
 
     def apply(
         self,
@@ -372,11 +381,11 @@ def variants(arch: str) -> Iterator[Variant]:
     operands |= dict.fromkeys(("n", "m", "dim", "dim_u", "dim_v"), "i32") | {"factor": "fp32"}
     for dim in (32, 64, 65):
         sizes = (True, False) if arch == "sm_90" else (True,)
-        for many, columns, tol in itertools.product(sizes, (False, True), (False, True)):
+        for many, columns, absent in itertools.product(sizes, (False, True), ABSENT):
             tiles = _tiles(arch, dim, many=many)
             n_warps, n_stages = tiles.pop("num_warps"), tiles.pop("num_stages")
-            constants = tiles | {"COLUMNS": columns, "TOL": tol}
-            constants |= ({"before": None} if columns else {}) | ({} if tol else {"parts": None, "stranded": None})
+            constants = tiles | {"COLUMNS": columns, "TOL": not absent}
+            constants |= dict.fromkeys(absent) | ({"before": None} if columns else {})
             signature = {name: kind for name, kind in everything.items() if name not in constants}
             yield Variant(_half_step, signature, constants, n_warps, n_stages, divisible=("dim",))
         for missing, chunks_v in ((("u", "t", "v", "out"), (16,)), (("u", "t"), (16, 64)), ((), (16, 64))):

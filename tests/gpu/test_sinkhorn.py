@@ -97,6 +97,36 @@ def test_each_problem_stops_by_itself(device, backend, tau_a):
     assert_agrees(t, in_float64(cost, **options), potential=2e-5)
 
 
+def assert_as_all(t, exact, eps):
+    assert torch.equal(t.n_iters, exact.n_iters)
+    for name in ("f", "g"):
+        assert_close(getattr(t, name).double(), getattr(exact, name).double(), rtol=1e-5, atol=1e-5 * eps, msg=name)
+    assert_close(t.value.double(), exact.value.double(), rtol=1e-5, atol=1e-5 * eps)
+
+
+@pytest.mark.parametrize("tau", TAUS)
+def test_iterations_that_change_nothing_are_spared(device, backend, tau):
+    """At another iteration each, or not at all: results are those of all."""
+    eps = 0.02
+    cost, a, b = problem(6, 40, 20, device=device)
+    cost *= eps * 2 * torch.logspace(-1, 2, 6, device=device)[:, None, None]
+    cost[0, :, 3] = math.inf  # infeasible where balanced: f and g go on moving, though the plan doesn't
+    options = {"eps": eps, "n_iters": 16, "tau_a": tau[0], "tau_b": tau[1]}
+    t, exact = dk.sinkhorn(cost, a, b, **options, backend=backend), in_float64(cost, a, b, **options)
+    assert_as_all(t, exact, eps)
+    seen = exact.plan > 1e-30
+    assert_close(t.plan.double()[seen], exact.plan[seen], rtol=3e-5, atol=0)
+
+
+@pytest.mark.parametrize("tau", TAUS)
+def test_iterations_between_points_that_change_nothing_are_spared(device, tau):
+    x, y = clouds(40, 20, 3, 5, device)
+    x, y = (p * torch.logspace(-2, 0, 5, device=device)[:, None, None] for p in (x, y))
+    options = {"eps": 0.5, "n_iters": 16, "tau_a": tau[0], "tau_b": tau[1]}
+    exact = dk.sinkhorn_points(x.double(), y.double(), **options, backend="reference")
+    assert_as_all(dk.sinkhorn_points(x, y, **options, backend="triton"), exact, 2.0)
+
+
 def test_zero_weights_forbidden_and_infeasible_pairs(device, backend):
     cost, a, b = problem(3, 8, 6, device=device)
     a[:, 1] = b[:, 2] = 0
