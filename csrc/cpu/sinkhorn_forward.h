@@ -28,7 +28,7 @@ class Sinkhorn {
         blocks_(rows_.padded / kWidth),
         width_(columns_.padded),
         chunks_(chunks_of(problem.n, problem.m)),
-        sweep_(choose_sweep(width_)),
+        sweep_(choose_sweep<RowUpdate>(width_)),
         in_plan_(Source::kStored && problem.plan != nullptr && problem.n * problem.m >= kLeastInPlan &&
                  problem.n % kWidth == 0 && problem.m % kWidth == 0),
         looks_(options.n_iters, 8) {
@@ -47,18 +47,23 @@ class Sinkhorn {
 
   void solve() {
     if (!(rows_.check() & columns_.check())) return fail();
-    bool built = false;
-    if constexpr (Source::kStored) built = build_unshifted();
-    if (!built) {
-      if (!start()) return fail();
-      build();
-    }
+    if (!prepare()) return fail();
     const bool scaled = iterate_scaled();
     if (!scaled) iterate_logs();
     finish(scaled);
   }
 
- private:
+ protected:
+  // The first kernel. False where a cost has no meaning.
+  bool prepare() {
+    if constexpr (Source::kStored) {
+      if (build_unshifted()) return true;
+    }
+    if (!start()) return false;
+    build();
+    return true;
+  }
+
   // Calls work(chunk, first block, last block, scratch) for each chunk, each thread's from the last on if `backward`.
   template <class Work>
   void for_chunks(const Work& work, bool backward = false) const {
@@ -238,12 +243,15 @@ class Sinkhorn {
     return totals;
   }
 
+  // The scaling of g = 0, which undoes g0: infinite too, where there is no weight, for which any does.
+  float undoing(int64_t j) const {
+    const bool plain = columns_.weight[j] == 0 || columns_.base[j] == 0;
+    return plain ? 1.0f : float(::exp2(-columns_.base[j] * scale_));
+  }
+
   // False where a sum or a scaling leaves what float32 can tell.
   bool iterate_scaled() {
-    for (int64_t j = 0; j < width_; ++j) {  // g = 0: the scalings undo g0, infinite ones too where there is no weight
-      const bool plain = columns_.weight[j] == 0 || columns_.base[j] == 0;
-      columns_.moved[j] = columns_.weight[j] * (plain ? 1.0f : float(::exp2(-columns_.base[j] * scale_)));
-    }
+    for (int64_t j = 0; j < width_; ++j) columns_.moved[j] = columns_.weight[j] * undoing(j);
     vfloat carried = broadcast(columns_.carried() / kWidth);
     const bool light = std::max(rows_.mass, columns_.mass) <= kMostMass;
     bool calm = light && reduce_add(carried) <= kMostMass * kBold;
@@ -272,6 +280,7 @@ class Sinkhorn {
       }
       calm = light && !any(columns.restless);
       if ((large || !Source::kStored) && used_ + 1 < options_.n_iters) {
+        if (scalings_ != nullptr) return false;
         rows_.absorb(options_.eps);
         columns_.absorb(options_.eps);
         build();
@@ -297,8 +306,15 @@ class Sinkhorn {
 
   void iterate_logs();
 
-  // Leaves the potentials of this iteration in the history.
+  // Leaves the potentials of this iteration in the history, or its scalings.
   void record() const {
+    for (const Side* side : {&rows_, &columns_}) {
+      if (scalings_ == nullptr) break;
+      for (const float* array : {side->scaling, side->sums}) {
+        scalings_->insert(scalings_->end(), array, array + side->n);
+        scalings_->insert(scalings_->end(), side->padded - side->n, 1.0f);
+      }
+    }
     if (problem_.history == nullptr) return;
     double* to = problem_.history + used_ * (rows_.padded + width_);
     for (const Side* side : {&rows_, &columns_}) {
@@ -431,11 +447,12 @@ class Sinkhorn {
   const double scale_;  // of costs to exponents of 2
   Side rows_, columns_;
   const int64_t blocks_, width_, chunks_;  // of rows_.padded, columns_.padded
-  Sweep* const sweep_;
+  Sweep<RowUpdate>* const sweep_;
   const bool in_plan_;  // the plan's memory is the kernel's, until a block of it becomes the plan's
   float *next_scaling_, *next_moved_, *next_target_;
   const SinkhornLooks looks_;
   double *potentials_, *seen_;  // of the columns, now and at the last look
+  std::vector<float>* scalings_ = nullptr;  // and sums of each iteration, where they are wanted, all of the same kernel
   float* partial_;  // column sums of each chunk
   Totals* totals_;  // of each chunk
   float* scratch_;

@@ -8,6 +8,7 @@
 #include "sinkhorn_lanes.h"
 #include "sinkhorn_transposed.h"
 #include "sinkhorn_backward.h"
+#include "sinkhorn_adjoint.h"
 
 // Whether scalings of the kernel of zero potentials may do, for a given number of iterations.
 inline bool plain(const SinkhornOptions& options, int64_t n, int64_t m) {
@@ -83,8 +84,12 @@ bool replay(const Source& source, SinkhornOptions options, SinkhornProblem probl
 void sinkhorn_dense_backward(const float* cost, const SinkhornOptions& options, const SinkhornProblem& problem,
                              const SinkhornGradients& gradients, float* of_cost, Arena& arena, bool parallel) {
   const int64_t n = problem.n, m = problem.m;
-  arena.reset();
   const DenseCost source{cost, n, m};
+  SinkhornOptions again = options;
+  again.n_iters = *problem.n_iters;
+  arena.reset();
+  if (n * m > 0 && SinkhornAdjoint(source, again, problem, gradients, arena, parallel).run(of_cost)) return;
+  arena.reset();
   std::vector<double> history;
   if (!replay(source, options, problem, history, arena, parallel)) {
     std::fill_n(of_cost, n * m, NAN);

@@ -86,13 +86,14 @@ struct RowUpdate {
 };
 
 // The rows of `n_groups` groups of the kernel, from row i on: scales them and adds their part to the column sums.
-typedef void Sweep(const float* kernel, int64_t n_groups, int64_t width, const float* v, float* column_sums,
-                   const RowUpdate& update, int64_t i);
+template <class Update>
+using Sweep = void(const float* kernel, int64_t n_groups, int64_t width, const float* v, float* column_sums,
+                   const Update& update, int64_t i);
 
 // The sweep for kernels kTiles wide, whose v (the columns' scaled weights) and column sums stay in registers. Row sums run a
 // few groups ahead of column sums, so that neither waits for the scalings in between, nor both for memory.
-template <int kTiles>
-void sweep_narrow(const float* kernel, int64_t n_groups, int64_t, const float* v, float* column_sums, const RowUpdate& given,
+template <class Update, int kTiles>
+void sweep_narrow(const float* kernel, int64_t n_groups, int64_t, const float* v, float* column_sums, const Update& given,
                   int64_t i) {
   constexpr int kAhead = 4, kSize = kTiles * kGroup * kWidth;
   // Chains of dependent sums: of few tiles, several each.
@@ -100,7 +101,7 @@ void sweep_narrow(const float* kernel, int64_t n_groups, int64_t, const float* v
   // Loads that step by 2 KB from one turn of a loop to the next halve the rate of Zen 5's second cache; in a turn of several
   // groups each steps further (784 x 128: 2.8 -> 1.8 us).
   constexpr int kTurn = kSize * sizeof(float) == 2048 ? 8 : 1;
-  const RowUpdate update = given;  // what the stores below can't change
+  const Update update = given;  // what the stores below can't change
   vfloat v_held[kTiles], sums[kTiles][kChains] = {};
 #pragma GCC unroll 8
   for (int t = 0; t < kTiles; ++t) {
@@ -140,9 +141,10 @@ void sweep_narrow(const float* kernel, int64_t n_groups, int64_t, const float* v
 }
 
 // The sweep for kernels of any width.
-inline void sweep_wide(const float* kernel, int64_t n_groups, int64_t width, const float* v, float* column_sums,
-                       const RowUpdate& given, int64_t i) {
-  const RowUpdate update = given;
+template <class Update>
+void sweep_wide(const float* kernel, int64_t n_groups, int64_t width, const float* v, float* column_sums, const Update& given,
+                int64_t i) {
+  const Update update = given;
   for (int64_t group = 0; group < n_groups; ++group, i += kGroup, kernel += kGroup * width) {
     vfloat rows[kGroup] = {}, odd[kGroup] = {};
     int64_t j = 0;
@@ -172,19 +174,20 @@ inline void sweep_wide(const float* kernel, int64_t n_groups, int64_t width, con
 }
 
 // The sweep for kernels of `width` columns.
-inline Sweep* choose_sweep(int64_t width) {
+template <class Update>
+Sweep<Update>* choose_sweep(int64_t width) {
   switch (width / kWidth) {
-    case 1: return sweep_narrow<1>;
-    case 2: return sweep_narrow<2>;
-    case 3: return sweep_narrow<3>;
-    case 4: return sweep_narrow<4>;
+    case 1: return sweep_narrow<Update, 1>;
+    case 2: return sweep_narrow<Update, 2>;
+    case 3: return sweep_narrow<Update, 3>;
+    case 4: return sweep_narrow<Update, 4>;
 #if defined(DPDIFF_AVX512)  // has 32 registers
-    case 5: return sweep_narrow<5>;
-    case 6: return sweep_narrow<6>;
-    case 7: return sweep_narrow<7>;
-    case 8: return sweep_narrow<8>;
+    case 5: return sweep_narrow<Update, 5>;
+    case 6: return sweep_narrow<Update, 6>;
+    case 7: return sweep_narrow<Update, 7>;
+    case 8: return sweep_narrow<Update, 8>;
 #endif
-    default: return sweep_wide;
+    default: return sweep_wide<Update>;
   }
 }
 
