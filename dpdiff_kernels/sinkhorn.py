@@ -137,8 +137,8 @@ def sinkhorn(
     Gradients reach cost, a and b. Through `value` by the envelope theorem, at the price of one pass: the plan for cost,
     f + eps (sum b - 1) for a, g + eps (sum a - 1) for b (the potentials, for weights that sum to 1; zero where they
     are infinite); exact at convergence. Through plan, cost, f and g as exact derivatives of the iterations that ran,
-    converged or not: the backward pass runs them again and holds n_iters (N + M) numbers (cpp: of one problem per
-    thread at a time), never n_iters N M. There, zero weights and infinite costs get a zero gradient. Second
+    converged or not: the backward pass runs them again and holds a few times n_iters (N + M) numbers (cpp: of one
+    problem per thread at a time), never n_iters N M. There, zero weights and infinite costs get a zero gradient. Second
     derivatives: on the reference all, elsewhere those of value only. No backend has forward-mode ones: an error.
 
     Work: O(N M) per iteration. Iterations are spared by a bound: each moves g, in the spread of its changes (where

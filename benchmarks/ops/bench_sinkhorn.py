@@ -102,7 +102,7 @@ def pot_batch(method: str) -> Callable:
     ot = pytest.importorskip("ot")
 
     def solve(cost: Tensor, eps: float, n_iters: int) -> Tensor:
-        options = {"reg_type": "kl", "grad": "detach", "tol": 0.0}
+        options = {"reg_type": "kl", "grad": "autodiff" if cost.requires_grad else "detach", "tol": 0.0}
         try:
             return ot.batch.solve_batch(cost, eps, max_iter=n_iters, method=method, **options).plan
         except RuntimeError as error:
@@ -229,6 +229,26 @@ def test_value_and_its_gradient(measure, uniform, shape, contender):
     else:
         check(run().plan, cost, 0.05, 50)
     measure(f"value and its gradient, {shape[0]} problems of {shape[1]} x {shape[2]}", run, **work(*shape))
+
+
+@contenders(
+    "ot.batch log", "ot.batch", "batched products", "compiled products", yardsticks=["forward alone"], backends=()
+)
+@pytest.mark.parametrize("shape", SHAPES[:2], ids=lambda shape: "x".join(map(str, shape)))
+def test_gradient_of_the_plan(measure, uniform, shape, contender):
+    cost, weights = uniform(*shape), uniform(*shape, seed=1)
+    leaf = cost.clone().requires_grad_()
+    solve = batched("dpdiff" if contender == "forward alone" else contender)
+    run = lambda: torch.autograd.grad((solve(leaf, 0.05, 50) * weights).sum(), leaf)[0]
+    if contender == "forward alone":
+        run = lambda: solve(cost, 0.05, 50)
+        check(run(), cost, 0.05, 50)
+    else:
+        few = cost[:2].double().requires_grad_()
+        plan = dk.sinkhorn(few, eps=0.05, n_iters=50, backend="reference").plan
+        (expected,) = torch.autograd.grad((plan * weights[:2]).sum(), few)
+        torch.testing.assert_close(run()[:2].double(), expected, rtol=0, atol=1e-3 * expected.abs().max().item())
+    measure(f"the plan's gradient, {shape[0]} problems of {shape[1]} x {shape[2]}", run)
 
 
 @contenders(yardsticks=["as many iterations in all, shared evenly"])

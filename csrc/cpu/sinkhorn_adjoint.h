@@ -118,23 +118,27 @@ class SinkhornAdjoint : Sinkhorn<DenseCost> {
     }
   }
 
-  // What shifts all of g, and of f against it: balanced iterations alike pass it on as it is, and what it adds to the gradient
-  // of the cost in one half-step the other takes back, which sums in float32 wouldn't, to the last digit. Taken out of the
-  // gradient of g for `count` of them.
-  float take_shift(int64_t count) {
-    double sum = 0, mass = 0;
-    for (int64_t j = 0; j < width_; ++j) sum += of_g_[j], mass += columns_.weight[j];
-    const float shift = mass > 0 ? float(sum / mass) : 0.0f;
-    add_shift(-shift);
-    for (int64_t i = 0; i < height_; ++i) of_a_[i] -= double(shift) * double(count);
-    for (int64_t j = 0; j < width_; ++j) of_b_[j] += double(shift) * double(count);
-    return shift;
+  // The part of the gradient of g that shifts all of it: of balanced sides, one number for each weight.
+  float shift_of_g() const {
+    vfloat sum{}, mass{};
+    for (int64_t j = 0; j < width_; j += kWidth) sum += load(of_g_ + j), mass += load(columns_.weight + j);
+    const float whole = reduce_add(mass);
+    return !rows_.relaxed() && !columns_.relaxed() && whole > 0 ? reduce_add(sum) / whole : 0.0f;
   }
-  void add_shift(float shift) {
-    for (int64_t j = 0; j < width_; ++j) of_g_[j] += shift * columns_.weight[j];
+  // Adds it, and returns the greatest number that is left.
+  float add_shift(float shift) {
+    vfloat greatest{};
+    for (int64_t j = 0; j < width_; j += kWidth) {
+      const vfloat some = load(of_g_ + j) + shift * load(columns_.weight + j);
+      store(of_g_ + j, some);
+      greatest = maximum(greatest, absolute(some));
+    }
+    return reduce_max(greatest);
   }
 
-  // Goes back through `count` iterations alike.
+  // Goes back through `count` iterations alike. The first may have to pass on what f is given; from then on they fade, but for
+  // what shifts all of g. That goes on and on, and the half-steps take from the gradient of the cost what the other has added.
+  // Sums in float32 would not do so to the last digit: it is left out, and added to what it changes, the weights' gradients.
   void add_term(const Scalings& now, const float* psi_before, int64_t count) {
     const float damp_a = float(rows_.damp), damp_b = float(columns_.damp), *phi = now.phi();
     const size_t rows = left_.size(), columns = right_.size();
@@ -148,10 +152,16 @@ class SinkhornAdjoint : Sinkhorn<DenseCost> {
     }
     for (int64_t j = 0; j < width_; j += kWidth) store(of_y + j, load(columns_.weight + j) * load(psi_before + j));
     const AdjointUpdate update{offset_, slope_, row_sums_, y_};
-    const bool balanced = !rows_.relaxed() && !columns_.relaxed();
-    float shift = 0;
+    float shift = 0, first = 0;
+    double shifted = 0;  // in all iterations
     for (int64_t k = 0; k < count; ++k) {
-      if (k == 1 && balanced) shift = take_shift(count - 1);  // the first one may have to pass on what f is given
+      if (k > 0) {
+        const float part = shift_of_g(), left = add_shift(-part);
+        shift += part;
+        shifted += double(part) * double(count - k);
+        if (k == 1) first = left;
+        if (left <= 0x1p-30f * first) break;
+      }
       for (int64_t j = 0; j < width_; j += kWidth) {
         const vfloat x = damp_b * load(of_g_ + j) / load(now.column_sums() + j);
         store(x_ + j, x);
@@ -174,6 +184,8 @@ class SinkhornAdjoint : Sinkhorn<DenseCost> {
       }
     }
     add_shift(shift);
+    for (int64_t i = 0; i < height_; ++i) of_a_[i] -= shifted;
+    for (int64_t j = 0; j < width_; ++j) of_b_[j] += shifted;
   }
   static DPDIFF_INLINE void subtract(double* from, vfloat x) {
     store(from, load(from) - widen_low(x));

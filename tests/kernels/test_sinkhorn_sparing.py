@@ -84,6 +84,25 @@ def test_a_tolerance_is_reached_where_it_can_be():
     assert (found.n_iters - wanted.n_iters).abs().max() <= 1
 
 
+@pytest.mark.parametrize("tau", [(None, None), (0.3, None), (2.0, 0.3)])
+@pytest.mark.parametrize("outputs", [("plan",), ("f",), ("g", "cost")])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_gradients_of_problems_that_end_each_at_another_iteration(shape, outputs, tau):
+    grads = []
+    for backend, dtype in (("cpp", torch.float32), ("reference", torch.float64)):
+        cost, a, b = random_problem(6, *shape, dtype=torch.float64)
+        cost *= torch.logspace(-1, 1.5, 6)[:, None, None]
+        inputs = [x.to(dtype).requires_grad_() for x in (cost, a, b)]
+        t = dk.sinkhorn(*inputs, eps=0.5, n_iters=100, tau_a=tau[0], tau_b=tau[1], backend=backend)
+        generator = torch.Generator().manual_seed(0)
+        results = [getattr(t, name) for name in outputs]
+        loss = sum((x * torch.randn(x.shape, generator=generator).to(dtype)).sum() for x in results)
+        grads.append(torch.autograd.grad(loss, inputs))
+    for found, wanted in zip(*grads):
+        largest = wanted.abs().amax(tuple(range(1, wanted.dim())), keepdim=True)
+        assert_close(found.double() / largest, wanted / largest, rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["plan", "f", "cost"])
 def test_the_backward_pass_is_of_all_iterations(name):
     """At their fixed point from the start, iterations move nothing, while the derivative converges in its own time."""
