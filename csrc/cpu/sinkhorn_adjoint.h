@@ -26,6 +26,7 @@ class SinkhornAdjoint : Sinkhorn<DenseCost> {
                   const SinkhornGradients& gradients, Arena& arena, bool parallel)
       : Sinkhorn(source, options, problem, arena, parallel),
         gradients_(gradients),
+        arena_(arena),
         sweep_back_(choose_sweep<AdjointUpdate>(width_)),
         height_(rows_.padded) {
     for (float** array : {&offset_, &slope_, &row_sums_, &y_}) *array = rows_.floats(arena);
@@ -45,6 +46,9 @@ class SinkhornAdjoint : Sinkhorn<DenseCost> {
     if (!calm(first) || !iterate_scaled() || !calm(scalings)) return false;
     const int64_t stride = 2 * (height_ + width_), ran = int64_t(scalings.size()) / stride;
     const auto at = [&](int64_t k) { return Scalings{&scalings[k * stride], height_, width_}; };
+    const int64_t most_terms = 2 * (ran + 1);
+    left_ = arena_.take<float>(most_terms * height_);
+    right_ = arena_.take<float>(most_terms * width_);
     of_results(at(ran - 1));
     if (used_ > ran) add_term(at(ran - 1), at(ran - 1).psi(), used_ - ran);
     for (int64_t k = ran; k-- > 0;) add_term(at(k), k > 0 ? at(k - 1).psi() : first.data(), 1);
@@ -141,10 +145,11 @@ class SinkhornAdjoint : Sinkhorn<DenseCost> {
   // Sums in float32 would not do so to the last digit: it is left out, and added to what it changes, the weights' gradients.
   void add_term(const Scalings& now, const float* psi_before, int64_t count) {
     const float damp_a = float(rows_.damp), damp_b = float(columns_.damp), *phi = now.phi();
-    const size_t rows = left_.size(), columns = right_.size();
-    left_.resize(rows + 2 * height_);
-    right_.resize(columns + 2 * width_);
-    float *of_x = &left_[rows], *y_sum = of_x + height_, *x_sum = &right_[columns], *of_y = x_sum + width_;
+    float *of_x = left_ + terms_ * height_, *y_sum = of_x + height_;
+    float *x_sum = right_ + terms_ * width_, *of_y = x_sum + width_;
+    terms_ += 2;
+    std::fill_n(y_sum, height_, 0.0f);
+    std::fill_n(x_sum, width_, 0.0f);
     for (int64_t i = 0; i < height_; i += kWidth) {
       const vfloat moved = load(rows_.weight + i) * load(phi + i);
       store(of_x + i, moved);
@@ -195,7 +200,7 @@ class SinkhornAdjoint : Sinkhorn<DenseCost> {
   // Writes the gradient of the cost: K times the product of left and right, and times what goes through the plan alone.
   void multiply(float* of_cost) const {
     constexpr int kSpan = kWidth == 16 ? 4 : 2;  // tiles, whose sums for four rows stay in registers
-    const int64_t n_terms = int64_t(left_.size()) / height_, n = rows_.n, m = columns_.n;
+    const int64_t n = rows_.n, m = columns_.n;
     const float inverse = float(1 / options_.eps);
     for_chunks([&](int64_t, int64_t first, int64_t last, float*) {
       for (; first < last; ++first) {
@@ -206,7 +211,7 @@ class SinkhornAdjoint : Sinkhorn<DenseCost> {
           for (int r = 0; r < costs.n_rows; r += kGroup) {
             const int64_t i = first * kWidth + r;
             vfloat sums[kGroup][kSpan] = {};
-            span == kSpan ? add_products<kSpan>(n_terms, i, j, sums) : add_products<1>(n_terms, i, j, sums, span);
+            span == kSpan ? add_products<kSpan>(i, j, sums) : add_products<1>(i, j, sums, span);
             for (int q = 0; q < kGroup && i + q < n; ++q) {
               for (int t = 0; t < span; ++t) {
                 const int64_t at = j + t * kWidth;
@@ -226,11 +231,11 @@ class SinkhornAdjoint : Sinkhorn<DenseCost> {
 
   // For four rows from i on: the products of `span` tiles from column j on, kAtOnce at a time.
   template <int kAtOnce, int kSpan>
-  DPDIFF_INLINE void add_products(int64_t n_terms, int64_t i, int64_t j, vfloat (&sums)[kGroup][kSpan], int span = kSpan) const {
+  DPDIFF_INLINE void add_products(int64_t i, int64_t j, vfloat (&sums)[kGroup][kSpan], int span = kSpan) const {
     for (int first = 0; first < span; first += kAtOnce) {
       vfloat some[kGroup][kAtOnce] = {};
-      const float *left = left_.data() + i, *right = right_.data() + j + first * kWidth;
-      for (int64_t k = 0; k < n_terms; ++k, left += height_, right += width_) {
+      const float *left = left_ + i, *right = right_ + j + first * kWidth;
+      for (int64_t k = 0; k < terms_; ++k, left += height_, right += width_) {
 #pragma GCC unroll 4
         for (int t = 0; t < kAtOnce; ++t) {
           const vfloat x = load(right + t * kWidth);
@@ -245,10 +250,12 @@ class SinkhornAdjoint : Sinkhorn<DenseCost> {
   }
 
   const SinkhornGradients& gradients_;
+  Arena& arena_;
   Sweep<AdjointUpdate>* const sweep_back_;
   const int64_t height_;
   float *offset_, *slope_, *row_sums_, *y_;  // of rows
   float *of_g_, *x_;                         // of columns: the gradient of g, and what they pass on
   double *of_a_, *of_b_;                     // gradients of the weights, by eps
-  std::vector<float> left_, right_;          // (terms, height), (terms, width)
+  int64_t terms_ = 0;
+  float *left_, *right_;  // (terms_, height_), (terms_, width_)
 };

@@ -1,6 +1,7 @@
 // The derivative of the iterations that ran, exact whether or not they converged. They run once more, and leave their
 // potentials; from the last to the first, each half-step g = -damp eps log sum_i a_i exp((f_i - cost_ij) / eps) then passes
-// its gradient on through the softmax Q_ij = d g_j / d cost_ij, and f likewise through R_ij = d f_i / d cost_ij.
+// its gradient on through the softmax Q_ij = d g_j / d cost_ij, and f likewise through R_ij = d f_i / d cost_ij. For most
+// problems sinkhorn_adjoint.h has the same at less cost.
 
 // Passes over all pairs that end in gradients: of the cost, which the sink takes, and of rows and columns.
 template <class Source, class Sink>
