@@ -79,11 +79,9 @@ class SinkhornAdjoint : Sinkhorn<DenseCost> {
 
   // The gradient of plan_ij: it, and that of <plan, cost>, of column j on of a block's row r.
   DPDIFF_INLINE vfloat incoming(const DenseCost::Block& costs, int64_t i, int r, int64_t j) const {
-    vfloat of_plan = gradients_.of_total * finite(costs.load(r, j, 0.0f));
-    if (gradients_.of_plan != nullptr && r < costs.n_rows) {
-      of_plan += load_first(gradients_.of_plan + (i + r) * columns_.n + j, columns_.n - j, 0.0f);
-    }
-    return of_plan;
+    const vfloat of_total = gradients_.of_total * finite(costs.load(r, j, 0.0f));
+    if (gradients_.of_plan == nullptr) return of_total;
+    return of_total + load_first(gradients_.of_plan + (i + r) * columns_.n + j, columns_.n - j, 0.0f);
   }
   bool through_plan() const { return gradients_.of_plan != nullptr || gradients_.of_total != 0; }
 
@@ -91,7 +89,9 @@ class SinkhornAdjoint : Sinkhorn<DenseCost> {
   void of_results(const Scalings& final) {
     const float inverse = float(1 / options_.eps), damp = float(rows_.damp);
     for (int64_t j = 0; gradients_.of_g != nullptr && j < columns_.n; ++j) of_g_[j] = gradients_.of_g[j];
-    for (int64_t i = 0; gradients_.of_f != nullptr && i < rows_.n; ++i) offset_[i] = damp * gradients_.of_f[i] / final.row_sums()[i];
+    for (int64_t i = 0; gradients_.of_f != nullptr && i < rows_.n; ++i) {
+      offset_[i] = damp * gradients_.of_f[i] / final.row_sums()[i];
+    }
     if (!through_plan()) return;
     for_chunks([&](int64_t chunk, int64_t first, int64_t last, float*) {
       float* column_sums = partial(chunk);
@@ -104,7 +104,8 @@ class SinkhornAdjoint : Sinkhorn<DenseCost> {
           const float u = rows_.moved[i] * inverse;
           vfloat sum{};
           for (int64_t j = 0; j < width_; j += kWidth) {
-            const vfloat part = incoming(costs, first * kWidth, r, j) * load(entry(block, width_, j, r)) * load(columns_.moved + j);
+            const vfloat of_plan = incoming(costs, first * kWidth, r, j);
+            const vfloat part = of_plan * load(entry(block, width_, j, r)) * load(columns_.moved + j);
             sum += part;
             store(column_sums + j, load(column_sums + j) + u * part);
           }
@@ -174,7 +175,8 @@ class SinkhornAdjoint : Sinkhorn<DenseCost> {
       }
       for_chunks([&](int64_t chunk, int64_t first, int64_t last, float*) {
         std::fill_n(partial(chunk), width_, 0.0f);
-        sweep_back_(kernel_ + first * width_ * kWidth, (last - first) * kGroups, width_, x_, partial(chunk), update, first * kWidth);
+        const float* kernel = kernel_ + first * width_ * kWidth;
+        sweep_back_(kernel, (last - first) * kGroups, width_, x_, partial(chunk), update, first * kWidth);
       });
       for (int64_t i = 0; i < height_; i += kWidth) {
         store(y_sum + i, load(y_sum + i) + load(y_ + i));

@@ -369,7 +369,8 @@ class Sinkhorn : SinkhornBlock<Team, kLanes, kQuads, kHeld> {
     return sums[0] == 0;
   }
 
-  // Moves the scalings into f0 and g0, so that the next look finds none to compare with. Those that float32 can't hold stay: they are of zero weights.
+  // Moves the scalings into f0 and g0, so that the next look has none to compare with. Those that float32 can't hold stay: they
+  // are of zero weights.
   DPDIFF_DEVICE void settle() const {
     const auto move = [&](const Side& side) {
       for_points(side.n, [&](int i) {
