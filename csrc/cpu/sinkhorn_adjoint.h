@@ -7,13 +7,15 @@
 // and y of rows. All of them are put together in the end, as a product of two matrices. From where the iterations were at
 // rest on, they have the same phi and psi, and one term between them.
 
-// What rows pass on: y = offset - slope * sum.
+// What rows pass on: y = offset - slope * sum. Without weight the slope is 0, and the sum whatever: K isn't bounded where
+// neither the row nor the column has weight.
 struct AdjointUpdate {
   const float *offset, *slope;
   float *sums, *next_moved;
 
   DPDIFF_INLINE vfloat operator()(int64_t i, vfloat row_sums) const {
-    const vfloat y = load_quad(offset + i) - load_quad(slope + i) * row_sums;
+    const vfloat own = load_quad(offset + i), factor = load_quad(slope + i);
+    const vfloat y = select(factor > vfloat{}, own - factor * row_sums, own);
     store_quad(sums + i, row_sums);
     store_quad(next_moved + i, y);
     return y;
@@ -104,8 +106,8 @@ class SinkhornAdjoint : Sinkhorn<DenseCost> {
           const float u = rows_.moved[i] * inverse;
           vfloat sum{};
           for (int64_t j = 0; j < width_; j += kWidth) {
-            const vfloat of_plan = incoming(costs, first * kWidth, r, j);
-            const vfloat part = of_plan * load(entry(block, width_, j, r)) * load(columns_.moved + j);
+            const vfloat moved = load(entry(block, width_, j, r)) * load(columns_.moved + j);  // 0 without weight
+            const vfloat part = incoming(costs, first * kWidth, r, j) * moved;
             sum += part;
             store(column_sums + j, load(column_sums + j) + u * part);
           }
@@ -187,7 +189,8 @@ class SinkhornAdjoint : Sinkhorn<DenseCost> {
         vfloat sums = load(partial(0) + j);
         for (int64_t chunk = 1; chunk < chunks_; ++chunk) sums += load(partial(chunk) + j);
         subtract(of_b_ + j, load(psi_before + j) * sums);
-        store(of_g_ + j, -(load(of_y + j) * sums));
+        const vfloat factor = load(of_y + j);
+        store(of_g_ + j, select(factor > vfloat{}, -(factor * sums), vfloat{}));
       }
     }
     add_shift(shift);

@@ -123,6 +123,17 @@ def test_native_gradients_with_zero_weights_and_forbidden_pairs(tau):
 
 
 @needs_cpp
+@pytest.mark.parametrize("tau", [(None, None), (0.5, 0.8)])
+def test_native_gradients_of_pairs_far_nearer_than_those_with_weight(tau):
+    """Neither end of which has weight: their plan is 0, though nothing bounds exp((f + g - cost) / eps)."""
+    cost, a, b = random_problem(2, 12, 10, dtype=torch.float32)
+    cost[:, 5, 7] = -20
+    a[:, 5] = b[:, 7] = 0
+    inputs = 3 * cost, normalised(a), normalised(b)
+    assert_gradients_agree(inputs, outputs=("plan", "f", "g", "cost"), eps=0.1, n_iters=5, tau_a=tau[0], tau_b=tau[1])
+
+
+@needs_cpp
 def test_native_gradients_of_large_problems_run_in_chunks():
     assert_gradients_agree(random_problem(300, 500, dtype=torch.float32), eps=0.1, n_iters=3, rtol=1e-3)
 
