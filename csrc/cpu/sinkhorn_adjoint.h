@@ -117,11 +117,10 @@ class SinkhornAdjoint : Sinkhorn<DenseCost> {
         }
       }
     });
-    for (int64_t j = 0; j < columns_.n; ++j) {
-      float sum = 0;
-      for (int64_t chunk = 0; chunk < chunks_; ++chunk) sum += partial(chunk)[j];
-      of_g_[j] += sum;
-      if (columns_.weight[j] > 0) of_b_[j] += sum / columns_.weight[j];
+    for (int64_t j = 0; j < width_; j += kWidth) {
+      const vfloat sums = column_sums(j), weight = load(columns_.weight + j);
+      store(of_g_ + j, load(of_g_ + j) + sums);
+      subtract(of_b_ + j, select(weight > vfloat{}, -sums / weight, vfloat{}));
     }
   }
 
@@ -186,8 +185,7 @@ class SinkhornAdjoint : Sinkhorn<DenseCost> {
         store(offset_ + i, vfloat{});
       }
       for (int64_t j = 0; j < width_; j += kWidth) {
-        vfloat sums = load(partial(0) + j);
-        for (int64_t chunk = 1; chunk < chunks_; ++chunk) sums += load(partial(chunk) + j);
+        const vfloat sums = column_sums(j);
         subtract(of_b_ + j, load(psi_before + j) * sums);
         const vfloat factor = load(of_y + j);
         store(of_g_ + j, select(factor > vfloat{}, -(factor * sums), vfloat{}));

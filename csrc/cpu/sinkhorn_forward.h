@@ -77,6 +77,12 @@ class Sinkhorn {
     });
   }
   float* partial(int64_t chunk) const { return partial_ + chunk * width_; }
+  // Of columns j on, of all chunks.
+  DPDIFF_INLINE vfloat column_sums(int64_t j) const {
+    vfloat sums = load(partial(0) + j);
+    for (int64_t chunk = 1; chunk < chunks_; ++chunk) sums += load(partial(chunk) + j);
+    return sums;
+  }
 
   // The kernel of zero potentials, in one pass, where float32 holds it: small finite costs. Otherwise false.
   bool build_unshifted() {
@@ -230,8 +236,8 @@ class Sinkhorn {
     Totals totals;
     carried = vfloat{};
     for (int64_t j = 0; j < width_; j += kWidth) {
-      vfloat sums = load(partial(0) + j), moved;
-      for (int64_t chunk = 1; chunk < chunks_; ++chunk) sums += load(partial(chunk) + j);
+      vfloat moved;
+      const vfloat sums = column_sums(j);
       const vfloat weight = load(columns_.weight + j), scaling = rule.scale(weight, sums, load(columns_.pull + j), moved);
       totals.restless |= rule.restless(weight, sums, scaling);
       carried += moved;
