@@ -314,7 +314,7 @@ class Sinkhorn : SinkhornBlock<Team, kLanes, kQuads, kHeld> {
     Held held;
 #pragma unroll
     for (int round = 0; round < 2 * kHeld - 1; ++round) load_rows(held_, first_row(round), held[round / 2][round % 2]);
-    const SinkhornLooks looks(task_.n_iters, 8);
+    const SinkhornLooks looks(task_.n_iters, 16);
     int64_t look = task_.tol > 0 ? 0 : looks.after(state_.used);  // a tolerance ends the iterations, which the results tell of
     while (state_.used < task_.n_iters) {
       update_rows(held);
