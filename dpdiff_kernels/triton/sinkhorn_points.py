@@ -39,7 +39,7 @@ def _tiles(arch: str, dim: int, applying: bool = False, many: bool = True) -> di
         wide = many and whole  # others would spill
         tiles = {"OUT": 128, "REDUCED": 256 if wide else 128, "num_warps": 8, "num_stages": 1 if wide else 2}
         if not many:
-            tiles = {"OUT": 32, "REDUCED": 64, "num_warps": 4, "num_stages": 2}
+            tiles = {"OUT": 64, "REDUCED": 128, "num_warps": 4, "num_stages": 1}
         return tiles | {"CHUNK": 64 if whole and dim > 32 else 32, "WHOLE": whole, "PRECISION": "tf32x3"}
     return {
         "OUT": 64,
