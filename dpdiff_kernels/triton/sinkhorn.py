@@ -1,9 +1,8 @@
-"""Sinkhorn from a cost matrix that stays in global memory: half-steps that stream it, in the log domain.
+"""Sinkhorn from a cost matrix that stays in global memory, in the log domain. Half-steps stream it, spread over the
+GPU; of small problems, one program each runs all iterations (sinkhorn_whole.py).
 
-Exponents h_i + k_j - cost_ij are small where they matter and their parts are not, so that potentials are kept in
-float64 and handed to the next half-step as pairs of float32 (what float32 holds, and the rest), and differences keep
-what rounding loses. Each output point belongs to one program: no atomics, the same bits every time. A problem that is
-within tol is passed over by the launches that follow, so that the host never waits for the device.
+Each output point belongs to one program: no atomics, the same bits every time. A problem that is within tol is passed
+over by the launches that follow, so that the host never waits for the device.
 """
 
 from collections.abc import Iterator
@@ -14,6 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from dpdiff_kernels import reference
+from dpdiff_kernels.replay import forgo
+from dpdiff_kernels.triton import sinkhorn_whole
 from dpdiff_kernels.triton.launch import Variant, ceil_div, launch, on_device, registered
 from dpdiff_kernels.triton.sinkhorn_iterations import (
     ABSENT,
@@ -24,6 +25,15 @@ from dpdiff_kernels.triton.sinkhorn_iterations import (
     scalars,
     stopped,
     violation,
+)
+from dpdiff_kernels.triton.sinkhorn_tiles import (
+    exponentials,
+    pair_of,
+    plan_of,
+    plan_sums,
+    softmin_of,
+    store_pair,
+    tile_of,
 )
 
 _INF = tl.constexpr(float("inf"))
@@ -37,25 +47,6 @@ def _tiles(columns: bool) -> dict[str, int]:
 
 
 # ------------------------------------------------------------------------------------------- kernels
-
-
-@triton.jit
-def _sum_of(a, b):
-    """a + b, and what rounding lost of it (Knuth)."""
-    s = a + b
-    t = s - a
-    return s, (a - (s - t)) + (b - t)
-
-
-@triton.jit
-def _tile(cost, b, i, j, n, m, COLUMNS: tl.constexpr):
-    """Costs of output points i (rows of the tile) and reduced points j, inf beyond the edges; n of the outputs."""
-    if COLUMNS:
-        at = j[None, :].to(tl.int64) * n + i[:, None]
-    else:
-        at = i[:, None].to(tl.int64) * m + j[None, :]
-    inside = (i < n)[:, None] & (j < m)[None, :]
-    return tl.load(cost + b * n * m + at, mask=inside, other=_INF)
 
 
 @triton.jit(do_not_specialize=["k"])
@@ -72,22 +63,9 @@ def _half_step(
         if stopped(used, parts, stranded, b, k, n_parts, tol, COLUMNS, TOL):
             return
     i = tile * OUT + tl.arange(0, OUT)
-    most = tl.full((OUT,), -_INF, tl.float32)
-    total = tl.zeros((OUT,), tl.float32)
-    for start in range(0, m, REDUCED):
-        j = start + tl.arange(0, REDUCED)
-        h = tl.load(high + b * m + j, mask=j < m, other=-_INF)
-        h_rest = tl.load(low + b * m + j, mask=j < m, other=0.0)
-        c = _tile(cost, b.to(tl.int64), i, j, n, m, COLUMNS)
-        x, rest = _sum_of(h[None, :], -c)
-        rest = tl.where(x > -_INF, rest + h_rest[None, :], 0.0)  # else infinite minus infinite
-        greater = tl.maximum(most, tl.max(x, 1))
-        base = tl.where(greater > -_INF, greater, 0.0)
-        terms = tl.exp2(((x - base[:, None]) + rest) * scale)
-        total = total * tl.exp2((most - base) * scale) + tl.sum(terms, 1)
-        most = greater
+    most, total = exponentials(cost, high + b * m, low + b * m, b.to(tl.int64), i, n, m, scale, COLUMNS, OUT, REDUCED)
     keep = i < n
-    softmin = tl.where(total > 0, -(most.to(tl.float64) + eps * tl.log(total.to(tl.float64))), _INF)
+    softmin = softmin_of(most, total, eps)
     if TOL:
         if COLUMNS:
             if tile == 0:
@@ -99,9 +77,7 @@ def _half_step(
     value = softmin * damp
     tl.store(out + b.to(tl.int64) * stride + i, value, mask=keep)
     h = carried(value, i, keep, b, n, log_weight)
-    h_high = h.to(tl.float32)
-    tl.store(out_high + b * n + i, h_high, mask=keep)
-    tl.store(out_low + b * n + i, tl.where(h > -_INF, h - h_high.to(tl.float64), 0.0).to(tl.float32), mask=keep)
+    store_pair(out_high + b * n + i, out_low + b * n + i, h, keep)
 
 
 @triton.jit
@@ -117,33 +93,15 @@ def _transport(
     keep = i < n
     h = tl.load(h_high + b * n + i, mask=keep, other=-_INF)
     h_rest = tl.load(h_low + b * n + i, mask=keep, other=0.0)
-    summed = tl.zeros((OUT,), tl.float32)
-    total = tl.zeros((OUT,), tl.float32)
-    for start in range(0, m, REDUCED):
-        j = start + tl.arange(0, REDUCED)
-        k = tl.load(k_high + b * m + j, mask=j < m, other=-_INF)
-        k_rest = tl.load(k_low + b * m + j, mask=j < m, other=0.0)
-        c = _tile(cost, b, i, j, n, m, COLUMNS)
-        p = _plan(h[:, None], h_rest[:, None], k[None, :], k_rest[None, :], c, scale)
-        if plan is not None:
-            inside = keep[:, None] & (j < m)[None, :]
-            tl.store(plan + b * n * m + i[:, None].to(tl.int64) * m + j[None, :], p, mask=inside)
-        if totals is not None:
-            total += tl.sum(p * tl.where(c < _INF, c, 0.0), 1)
-        if factor is not None:
-            p *= tl.load(factor + b * m + j, mask=j < m, other=0.0)[None, :]
-        summed += tl.sum(p, 1)
+    if factor is not None:
+        factor += b * m
+    k_high, k_low = k_high + b * m, k_low + b * m
+    summed, total = plan_sums(
+        cost, h, h_rest, k_high, k_low, factor, plan, totals, b, i, n, m, scale, COLUMNS, OUT, REDUCED
+    )  # fmt: skip
     tl.store(sums + b * n + i, summed, mask=keep)
     if totals is not None:
         tl.store(totals + b * n + i, total, mask=keep)
-
-
-@triton.jit
-def _plan(h, h_rest, k, k_rest, c, scale):
-    s, lost = _sum_of(h, k)
-    x, lost_again = _sum_of(s, -c)
-    rest = tl.where(x > -_INF, (lost + lost_again) + (h_rest + k_rest), 0.0)
-    return tl.exp2(tl.minimum((x + rest) * scale, 126.0))
 
 
 @triton.jit
@@ -158,7 +116,7 @@ def _cost_gradient(
     i = tile // column_tiles * ROWS + tl.arange(0, ROWS)
     j = tile % column_tiles * WIDTH + tl.arange(0, WIDTH)
     in_rows, in_columns = i < n, j < m
-    c = _tile(cost, b, i, j, n, m, False)
+    c = tile_of(cost, b, i, j, n, m, False)
     total = tl.zeros((ROWS, WIDTH), tl.float32)
     for k in range(0, tl.load(used + b).to(tl.int32)):
         row = (b * n_iters + k) * n + i
@@ -168,26 +126,19 @@ def _cost_gradient(
         p_k = tl.load(q_k_high + column, mask=in_columns, other=-_INF)[None, :]
         p_rest = tl.load(q_k_low + column, mask=in_columns, other=0.0)[None, :]
         factor = tl.load(q_factor + column, mask=in_columns, other=0.0)[None, :]
-        total += _plan(h, h_rest, p_k, p_rest, c, scale) * factor
+        total += plan_of(h, h_rest, p_k, p_rest, c, scale) * factor
         h = tl.load(r_h_high + row, mask=in_rows, other=-_INF)[:, None]
         h_rest = tl.load(r_h_low + row, mask=in_rows, other=0.0)[:, None]
         p_k = tl.load(r_k_high + column, mask=in_columns, other=-_INF)[None, :]
         p_rest = tl.load(r_k_low + column, mask=in_columns, other=0.0)[None, :]
         factor = tl.load(r_factor + row, mask=in_rows, other=0.0)[:, None]
-        total += _plan(h, h_rest, p_k, p_rest, c, scale) * factor
+        total += plan_of(h, h_rest, p_k, p_rest, c, scale) * factor
     to = out + b * n * m + i[:, None].to(tl.int64) * m + j[None, :]
     inside = in_rows[:, None] & in_columns[None, :]
     tl.store(to, tl.load(to, mask=inside, other=0.0) + total, mask=inside)
 
 
 # ------------------------------------------------------------------------------------------- launches
-
-
-def _pair(x: Tensor) -> tuple[Tensor, Tensor]:
-    """float64 as the sum of two float32, and an infinity as itself and 0; contiguous."""
-    x = x.contiguous()
-    high = x.float()
-    return high, torch.where(high.isfinite(), x - high.double(), 0).float()
 
 
 class _Costs:
@@ -204,10 +155,12 @@ class _Costs:
         return (self.batch * ceil_div(self.m if columns else self.n, _tiles(columns)["OUT"]),)
 
     def iterate(self, a, b, n_iters, tol, tau_a, tau_b, keep_all=False):
+        if sinkhorn_whole.fits(self.cost, back=keep_all):
+            return sinkhorn_whole.iterate(self.cost, a, b, self.eps, n_iters, tol, tau_a, tau_b, keep_all)
         logs = self.eps * a.double().log(), self.eps * b.double().log()
         weights, taus = (a, b), (tau_a, tau_b)
         n_parts = ceil_div(self.n, _tiles(False)["OUT"])
-        pairs = [tuple(torch.empty_like(a) for _ in range(2)), _pair(torch.where(b > 0, logs[1], -float("inf")))]
+        pairs = [tuple(torch.empty_like(a) for _ in range(2)), pair_of(torch.where(b > 0, logs[1], -float("inf")))]
 
         def half_step(columns, k, before, out, used, parts, stranded):
             if not out.numel():
@@ -229,18 +182,34 @@ class _Costs:
         sums = torch.empty_like(out, dtype=torch.float32)
         if out.numel():
             launch(_transport, traced=False)[self._grid(columns)](
-                self.cost, *_pair(out), *_pair(reduced), factor, plan, sums, totals,
+                self.cost, *pair_of(out), *pair_of(reduced), factor, plan, sums, totals,
                 out.shape[1], reduced.shape[1], self.scale, COLUMNS=columns, **_tiles(columns),
             )  # fmt: skip
         return sums
 
+    def adjoint(self, f, g, used, a, b, of_f, of_g, to_a, to_b, tau_a, tau_b):
+        """As `sinkhorn_whole.adjoint`."""
+        if sinkhorn_whole.fits(self.cost, back=True):
+            return sinkhorn_whole.adjoint(self.cost, f, g, used, a, b, of_f, of_g, to_a, to_b, self.eps, tau_a, tau_b)
+        q, r = ([torch.empty_like(x) for x in (f, g)] for _ in range(2))
+        q.append(torch.empty_like(g, dtype=torch.float32))
+        r.append(torch.empty_like(f, dtype=torch.float32))
+        for step in adjoint(self.transport, f, g, used, a, b, of_f, of_g, self.eps, tau_a, tau_b):
+            i, of_q, of_r, rows, columns = step
+            for histories, now in ((q, of_q), (r, of_r)):
+                for history, x in zip(histories, now):
+                    history[:, i] = x
+            to_a -= self.eps * rows
+            to_b -= self.eps * columns
+        return tuple((*pair_of(h), *pair_of(k), factor) for h, k, factor in (q, r))
+
     def add_gradient(self, out: Tensor, used: Tensor, q: tuple[Tensor, ...], r: tuple[Tensor, ...]) -> None:
+        """q, r: as `adjoint` gives them."""
         if out.numel():
             tile = _GRADIENT_TILE
             grid = self.batch * ceil_div(self.n, tile["ROWS"]) * ceil_div(self.m, tile["WIDTH"])
             launch(_cost_gradient, traced=False)[(grid,)](
-                out, self.cost, used, *_pair(q[0]), *_pair(q[1]), q[2], *_pair(r[0]), *_pair(r[1]), r[2],
-                self.n, self.m, q[0].shape[1], self.scale, **tile, num_warps=4,
+                out, self.cost, used, *q, *r, self.n, self.m, q[0].shape[1], self.scale, **tile, num_warps=4,
             )  # fmt: skip
 
 
@@ -279,7 +248,7 @@ def sinkhorn(
     return plan, f, g, total, value, used, error
 
 
-@registered(torch.library.custom_op, replayed=False)  # a recording would hold each iteration's tensors
+@registered(torch.library.custom_op)
 def sinkhorn_backward(
     cost: Tensor,
     a: Tensor,
@@ -298,6 +267,8 @@ def sinkhorn_backward(
     cost, a, b, used = (x.contiguous() for x in (cost, a, b, used))
     with on_device(cost):
         costs = _Costs(cost, eps)
+        if not sinkhorn_whole.fits(cost, back=True):
+            forgo()  # a recording would hold each iteration's tensors
         f, g, _ = costs.iterate(a, b, n_iters, None, tau_a, tau_b, keep_all=True)
         to_f = torch.zeros_like(a, dtype=torch.float64) if of_f is None else of_f.double()
         to_g = torch.zeros_like(b, dtype=torch.float64) if of_g is None else of_g.double()
@@ -318,16 +289,7 @@ def sinkhorn_backward(
             of_cost -= through
             rows, columns = through.sum(2, dtype=torch.float64), through.sum(1, dtype=torch.float64)
             to_f, to_g, to_a, to_b = to_f + rows, to_g + columns, eps * rows, eps * columns
-        q, r = ([torch.empty_like(x) for x in (f, g)] for _ in range(2))
-        q.append(torch.empty_like(g, dtype=torch.float32))
-        r.append(torch.empty_like(f, dtype=torch.float32))
-        for step in adjoint(costs.transport, f, g, used, a, b, to_f, to_g, eps, tau_a, tau_b):
-            i, of_q, of_r, rows, columns = step
-            for histories, now in ((q, of_q), (r, of_r)):
-                for history, x in zip(histories, now):
-                    history[:, i] = x
-            to_a, to_b = to_a - eps * rows, to_b - eps * columns
-        costs.add_gradient(of_cost, used, q, r)
+        costs.add_gradient(of_cost, used, *costs.adjoint(f, g, used, a, b, to_f, to_g, to_a, to_b, tau_a, tau_b))
     of_a, of_b = (torch.where(w > 0, x / w, 0).float() for x, w in ((to_a, a), (to_b, b)))
     poison = reference.poison_of(costs.good, a, b)
     return of_cost + poison[:, None, None], of_a + poison[:, None], of_b + poison[:, None]

@@ -50,30 +50,35 @@ def carried(value, i, keep, b, n, log_weight):
     return tl.where((log_w > -_INF) & (value < _INF), value + log_w, -_INF)
 
 
-@triton.jit(do_not_specialize=["k"])
-def _look(g, seen, weight, used, k, m, eps: tl.float64, change, shift, RELAXED: tl.constexpr, WIDTH: tl.constexpr):
-    """Ends problem b at iteration k where g has moved too little since the last look for more to come of the iterations
-    left (csrc/sinkhorn_looks.h): by `change` at most, in units of eps, beside a shift that rounding makes."""
-    b = tl.program_id(0).to(tl.int64)
+@triton.jit
+def at_rest(g, seen, weight, m, eps, k, every, n_iters, relaxed, WIDTH: tl.constexpr):
+    """Whether g has moved too little in the last `every` of k iterations for more to come of those left
+    (csrc/sinkhorn_looks.h). Of one problem; seen: g at the last look."""
     least = tl.full((WIDTH,), _INF, tl.float64)
     greatest = tl.full((WIDTH,), -_INF, tl.float64)
     for start in range(0, m, WIDTH):
         j = start + tl.arange(0, WIDTH)
         keep = j < m
-        now = tl.load(g + b * m + j, mask=keep, other=_INF)
-        before = tl.load(seen + b * m + j, mask=keep, other=0.0)
-        tl.store(seen + b * m + j, now, mask=keep)
-        counts = (tl.load(weight + b * m + j, mask=keep, other=0.0) > 0) & (now < _INF)
+        now = tl.load(g + j, mask=keep, other=_INF)
+        before = tl.load(seen + j, mask=keep, other=0.0)
+        tl.store(seen + j, now, mask=keep)
+        counts = (tl.load(weight + j, mask=keep, other=0.0) > 0) & (now < _INF)
         least = tl.minimum(least, tl.where(counts, now - before, _INF))
         greatest = tl.maximum(greatest, tl.where(counts, now - before, -_INF))
     low, high = tl.min(least, 0) / eps, tl.max(greatest, 0) / eps
+    change = 0.00000762939453125 * every / (n_iters - k)  # 2^-17
     size = tl.maximum(-low, high)
-    if RELAXED:
-        at_rest = 2 * size <= change
-    else:
-        at_rest = (high - low <= change) & (size <= shift)
-    if at_rest & (tl.load(used + b) > k):
-        tl.store(used + b, k.to(tl.int64))
+    balanced = (high - low <= change) & (size <= 0.00000095367431640625 * every)  # 2^-20
+    return (relaxed & (2 * size <= change)) | (balanced & (relaxed == 0))
+
+
+@triton.jit(do_not_specialize=["k"])
+def _look(g, seen, weight, used, k, m, every, n_iters, eps: tl.float64, RELAXED: tl.constexpr, WIDTH: tl.constexpr):
+    """Ends problem b after k iterations where it is at rest."""
+    b = tl.program_id(0).to(tl.int64)
+    rests = at_rest(g + b * m, seen + b * m, weight + b * m, m, eps, k, every, n_iters, RELAXED, WIDTH)
+    if rests & (tl.load(used + b) >= k):
+        tl.store(used + b, (k - 1).to(tl.int64))
 
 
 def iterate(
@@ -108,15 +113,20 @@ def iterate(
             stranded = torch.where(to_g == float("inf"), b, 0).sum(-1)
         if spares and (k + 1) % every == 0 and k + 1 < n_iters and b.numel():
             launch(_look, traced=False)[(batch,)](
-                g, seen, b, used, k, b.shape[1], eps, 2**-17 * every / (n_iters - k - 1), 2**-20 * every,
+                g, seen, b, used, k + 1, b.shape[1], every, n_iters, eps,
                 RELAXED=(tau_a, tau_b) != (None, None), WIDTH=_LOOK, num_warps=4,
             )  # fmt: skip
     if keep_all:
         return f, g, used
     if spares:
         return f.squeeze(1), g.squeeze(1), torch.full_like(used, n_iters)
-    last = ((used - 1) % slots)[:, None, None].expand(-1, 1, a.shape[1])
-    return f.gather(1, last).squeeze(1), g.squeeze(1), used
+    return last_of(f, used), g.squeeze(1), used
+
+
+def last_of(f: Tensor, used: Tensor) -> Tensor:
+    """f (B, N) after `used` iterations, of slots (B, S, N) that they take in turn."""
+    last = ((used - 1) % f.shape[1])[:, None, None].expand(-1, 1, f.shape[2])
+    return f.gather(1, last).squeeze(1)
 
 
 def scalars(
@@ -179,7 +189,7 @@ def adjoint(
 
 def variants(arch: str) -> Iterator[Variant]:
     """Every configuration that is launched on `arch`."""
-    signature = {"g": "*fp64", "seen": "*fp64", "weight": "*fp32", "used": "*i64", "k": "i32", "m": "i32"}
-    signature |= {"eps": "fp64", "change": "fp32", "shift": "fp32"}
+    signature = {"g": "*fp64", "seen": "*fp64", "weight": "*fp32", "used": "*i64", "eps": "fp64"}
+    signature |= dict.fromkeys(("k", "m", "every", "n_iters"), "i32")
     for relaxed in (False, True):
         yield Variant(_look, signature, {"RELAXED": relaxed, "WIDTH": _LOOK}, 4)
