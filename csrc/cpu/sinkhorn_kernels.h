@@ -5,6 +5,7 @@
 #include "sinkhorn_points.h"
 #include "sinkhorn_forward.h"
 #include "sinkhorn_logs.h"
+#include "sinkhorn_results.h"
 #include "sinkhorn_lanes.h"
 #include "sinkhorn_transposed.h"
 #include "sinkhorn_backward.h"

@@ -72,16 +72,16 @@ def _iterations(
     tau_a: tl.float64, tau_b: tl.float64, tol: tl.float64, KEEP: tl.constexpr, TOL: tl.constexpr,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, POINTS: tl.constexpr,
 ):  # fmt: skip
-    """All iterations of a problem. f (B, slots, N), g (B, slots where KEEP, M). g_high, g_low: of g = 0."""
+    """All iterations of a problem. f (B, slots, N): two slots where TOL, n_iters where KEEP, else one. g (B, slots, M)
+    where KEEP, else (B, M). g_high, g_low: of g = 0."""
     p = tl.program_id(0).to(tl.int64)
-    f, g = f + p * slots * n, g + (p * slots * m if KEEP else p * m)
     f_high, f_low, g_high, g_low = f_high + p * n, f_low + p * n, g_high + p * m, g_low + p * m
     stranded = 0.0
     k = 0
     last = n_iters
     while k < last:
-        to_f, to_g = f + k % slots * n, g + (k * m if KEEP else 0)
-        before = f + (k + slots - 1) % slots * n if TOL else None
+        to_f, to_g = f + (p * slots + k % slots) * n, g + (p * slots + k if KEEP else p) * m
+        before = f + (p * slots + (k + 1) % slots) * n if TOL else None
         off = _half_step(
             cost, g_high, g_low, a, log_a, before, to_f, f_high, f_low, p, n, m, eps, scale, damp_a, tau_a,
             False, HEIGHT, WIDTH, POINTS,
@@ -113,6 +113,7 @@ def _pass_on(
     cost, h_high, h_low, k_high, k_low, factor, sums, p, n, m, scale,
     COLUMNS: tl.constexpr, OUT: tl.constexpr, REDUCED: tl.constexpr,
 ):  # fmt: skip
+    """sums_i = sum_j exp((h_i + k_j - cost_ij) / eps) factor_j of n points, of what all threads have written."""
     tl.debug_barrier()
     for start in range(0, n, OUT):
         i = start + tl.arange(0, OUT)
