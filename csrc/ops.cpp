@@ -63,4 +63,6 @@ STABLE_TORCH_LIBRARY(dpdiff, m) {
       "sinkhorn_apply_backward(Tensor grad_out, Tensor x, Tensor y, Tensor h_x, Tensor h_y, Tensor v, float eps,"
       " str metric) -> (Tensor grad_x, Tensor grad_y, Tensor grad_h_x, Tensor grad_h_y)");
   m.def("cpu_capability() -> str");
+  // Gives the memory of freed results on CPUs, which is kept for later ones, back to the system, and tells how many bytes.
+  m.def("release_memory() -> int");
 }

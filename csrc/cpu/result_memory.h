@@ -2,10 +2,11 @@
 // before it is written again, which takes as long as many a result.
 #pragma once
 
+#include <stddef.h>
+#include <stdint.h>
+
 #include <deque>
 #include <mutex>
-
-#include "memory.h"
 
 namespace dpdiff {
 
@@ -18,43 +19,17 @@ class ResultMemory {
     size_t bytes;
   };
 
-  // Never destroyed: tensors may outlive everything else.
-  static ResultMemory& shared() {
-    static ResultMemory* memory = new ResultMemory;
-    return *memory;
-  }
+  static ResultMemory& shared();
 
-  // At least as many bytes, and at most a quarter more, on a huge page.
-  Block take(size_t bytes) {
-    {
-      const std::lock_guard<std::mutex> lock(mutex_);
-      for (auto block = free_.rbegin(); block != free_.rend(); ++block) {  // the last first: it may be in the cache
-        if (block->bytes < bytes || block->bytes > bytes + bytes / 4) continue;
-        const Block found = *block;
-        kept_ -= found.bytes;
-        free_.erase(std::next(block).base());
-        return found;
-      }
-    }
-    void* memory = nullptr;
-    if (posix_memalign(&memory, size_t(1) << 21, bytes) != 0) throw std::bad_alloc();
-    prefer_huge_pages(memory, bytes);
-    return {memory, bytes};
-  }
-
-  void give_back(Block block) {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    free_.push_back(block);
-    kept_ += block.bytes;
-    for (; kept_ > kMostKept; free_.pop_front()) {
-      kept_ -= free_.front().bytes;
-      free(free_.front().memory);
-    }
-  }
+  // At least as many bytes, and at most a quarter more, from the beginning of a huge page on.
+  Block take(size_t bytes);
+  void give_back(Block block);
+  // Gives to the system what is free. How many bytes that was.
+  int64_t release();
 
  private:
   std::mutex mutex_;
-  std::deque<Block> free_;
+  std::deque<Block> free_;  // the last to come back is the last
   size_t kept_ = 0;
 };
 

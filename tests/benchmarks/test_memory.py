@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+import dpdiff_kernels as dk
 from benchmarks.memory import peak_memory
 
 SIZE = 96 << 20  # bytes
@@ -32,3 +33,11 @@ def test_many_small_blocks_freed_before_do_not_hide_a_peak():
     blocks = [torch.ones(1024) for _ in range(SIZE // 4096)]
     del blocks
     assert peak_memory(temporary, "cpu") == pytest.approx(SIZE, rel=0.1)
+
+
+@pytest.mark.skipif(not dk.backends()["cpp"], reason="only the native library keeps memory of freed results")
+def test_memory_that_dpdiff_kept_is_counted_again():
+    cost = torch.rand(8, 512, 512)  # 8 MB, as its plan
+    run = lambda: dk.sinkhorn(cost, n_iters=1, backend="cpp").plan
+    run()
+    assert all(peak_memory(run, "cpu") >= 0.95 * cost.numel() * 4 for _ in range(2))

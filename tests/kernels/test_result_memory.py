@@ -71,8 +71,10 @@ before = resident()
 plans = [run() for _ in range(30)]
 most = resident()
 del plans
-print(most - before, resident() - before)
+kept = resident()
+released = torch.ops.dpdiff.release_memory() / 2**20
+print(most - before, kept - before, released, kept - resident(), torch.ops.dpdiff.release_memory())
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    most, kept = map(float, result.stdout.split())
-    assert most > 400 and kept < 128 + 32
+    most, kept, released, given, again = map(float, result.stdout.split())
+    assert most > 400 and kept < 128 + 32 and released == 128 and given > 120 and again == 0
