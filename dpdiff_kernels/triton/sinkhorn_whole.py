@@ -221,10 +221,10 @@ def adjoint(
     batch, n, m = cost.shape
     damp_a, damp_b = damping(tau_a, eps), damping(tau_b, eps)
     free = lambda x, damp: torch.where(x < float("inf"), x / damp, -float("inf"))
-    carried = lambda x, weight: reference.log_weighted(x, weight[:, None], eps)
+    weighted = lambda x, weight: reference.log_weighted(x, weight[:, None], eps)
     before = torch.cat([torch.zeros_like(g[:, :1]), g[:, :-1]], 1)
-    q = *pair_of(carried(f, a)), *pair_of(free(g, damp_b)), torch.empty_like(g, dtype=torch.float32)
-    r = *pair_of(free(f, damp_a)), *pair_of(carried(before, b)), torch.empty_like(f, dtype=torch.float32)
+    q = *pair_of(weighted(f, a)), *pair_of(free(g, damp_b)), torch.empty_like(g, dtype=torch.float32)
+    r = *pair_of(free(f, damp_a)), *pair_of(weighted(before, b)), torch.empty_like(f, dtype=torch.float32)
     if batch:
         launch(_adjoint, traced=False)[(batch,)](
             cost, used, *q, *r, of_f, of_g, to_a, to_b, torch.empty_like(b), n, m, f.shape[1],
@@ -235,14 +235,14 @@ def adjoint(
 
 def variants(arch: str) -> Iterator[Variant]:
     """Every configuration that is launched on `arch`."""
+    if arch == "gfx942":
+        return
     pairs = [f"{name}_{part}" for name in ("f", "g", "q_h", "q_k", "r_h", "r_k") for part in ("high", "low")]
     kinds = dict.fromkeys(("cost", "a", "b", *pairs, "q_factor", "r_factor", "sums"), "*fp32")
     kinds |= dict.fromkeys(("log_a", "log_b", "f", "g", "seen", "of_f", "of_g", "to_a", "to_b"), "*fp64")
     kinds |= dict.fromkeys(("n", "m", "n_iters", "slots", "every"), "i32") | {"used": "*i64", "scale": "fp32"}
     kinds |= dict.fromkeys(("eps", "damp_a", "damp_b", "tau_a", "tau_b", "tol"), "fp64")
     signature = lambda kernel: {name: kinds[name] for name in kernel.arg_names if name in kinds}
-    if arch == "gfx942":
-        return
     for n, m in (16, 16), (32, 32), (1024, 32), (1024, 64), (1024, 128):
         tile = _tile(n, m)
         how = tile.pop("num_warps"), tile.pop("num_stages")
