@@ -1,5 +1,6 @@
 #include "result_memory.h"
 
+#include <pthread.h>
 #include <stdlib.h>
 
 #include <iterator>
@@ -11,8 +12,13 @@
 
 namespace dpdiff {
 
+// Never destroyed: tensors may outlive everything else. A process that forks, as for a data loader, has no thread that would
+// open what another one had locked.
 ResultMemory& ResultMemory::shared() {
-  static ResultMemory* const memory = new ResultMemory;  // never destroyed: tensors may outlive everything else
+  static ResultMemory* const memory = [] {
+    pthread_atfork([] { shared().mutex_.lock(); }, [] { shared().mutex_.unlock(); }, [] { shared().mutex_.unlock(); });
+    return new ResultMemory;
+  }();
   return *memory;
 }
 

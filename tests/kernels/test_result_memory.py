@@ -1,5 +1,6 @@
 """Large results on CPUs take memory that former ones have left, and no other."""
 
+import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -78,3 +79,29 @@ print(most - before, kept - before, released, kept - resident(), torch.ops.dpdif
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     most, kept, released, given, again = map(float, result.stdout.split())
     assert most > 400 and kept < 128 + 32 and released == 128 and given > 120 and again == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no processes that fork")
+def test_a_fork_amid_calls_can_free_what_it_inherits():
+    code = """
+import os, threading, torch, dpdiff_kernels as dk
+torch.set_num_threads(1)
+cost = torch.rand(1, 4096, 4096)
+held, done = dk.sinkhorn(cost[:, :1024], n_iters=1, backend="cpp").plan, threading.Event()
+def keep_on():
+    while not done.is_set():
+        torch.ops.dpdiff.sinkhorn_value_backward(torch.ones(1), cost)
+        torch.ops.dpdiff.release_memory()  # for most of which others wait
+threads = [threading.Thread(target=keep_on) for _ in range(2)]
+for thread in threads:
+    thread.start()
+for _ in range(200):
+    child = os.fork()
+    if child == 0:
+        del held
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+done.set()
+"""
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    subprocess.run(command, check=True, timeout=100)
