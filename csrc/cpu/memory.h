@@ -19,13 +19,15 @@ struct Free {
   void operator()(void* memory) const { free(memory); }
 };
 
+constexpr size_t kHugePage = size_t(1) << 21;
+
 // Asks for huge pages where `memory` spans several: a new page of 4 KiB costs about 2 microseconds, more than what is
 // written to it, and as much as an answer's attention to hundreds of prototypes.
 inline void prefer_huge_pages(void* memory, size_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kPage = uintptr_t(1) << 21;
-  const uintptr_t first = (uintptr_t(memory) + kPage - 1) / kPage * kPage, last = (uintptr_t(memory) + bytes) / kPage * kPage;
-  if (last >= first + 2 * kPage) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+  const uintptr_t first = (uintptr_t(memory) + kHugePage - 1) / kHugePage * kHugePage;
+  const uintptr_t last = (uintptr_t(memory) + bytes) / kHugePage * kHugePage;
+  if (last >= first + 2 * kHugePage) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 #endif
 }
 

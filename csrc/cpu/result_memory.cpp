@@ -34,7 +34,7 @@ ResultMemory::Block ResultMemory::take(size_t bytes) {
     }
   }
   void* memory = nullptr;
-  if (posix_memalign(&memory, size_t(1) << 21, bytes) != 0) throw std::bad_alloc();
+  if (posix_memalign(&memory, kHugePage, bytes) != 0) throw std::bad_alloc();
   prefer_huge_pages(memory, bytes);
   return {memory, bytes};
 }
