@@ -40,8 +40,10 @@ STABLE_TORCH_LIBRARY(dpdiff, m) {
   m.def(
       "sinkhorn(Tensor cost, Tensor a, Tensor b, float eps, int n_iters, float? tol, float? tau_a, float? tau_b,"
       " bool return_plan) -> (Tensor plan, Tensor f, Tensor g, Tensor cost, Tensor value, Tensor n_iters, Tensor error)");
-  // Value's gradient with respect to the cost: grad_value (B,) times plan.
-  m.def("sinkhorn_value_backward(Tensor grad_value, Tensor plan) -> Tensor grad_cost");
+  // Value's gradient with respect to the cost: grad_value (B,) times plan, which may be made again from the rest.
+  m.def(
+      "sinkhorn_value_backward(Tensor grad_value, Tensor plan, Tensor cost, Tensor a, Tensor b, Tensor f, Tensor g,"
+      " float eps) -> Tensor grad_cost");
   // From the gradients of plan, f, g and cost, of which any may be missing; used is the n_iters that came back.
   m.def(
       "sinkhorn_backward(Tensor cost, Tensor a, Tensor b, Tensor used, Tensor? grad_plan, Tensor? grad_f,"

@@ -317,7 +317,7 @@ def _fake_apply(x, y, h_x, h_y, v, eps, metric):
     return x.new_empty(x.shape[0], x.shape[1], v.shape[2])
 
 
-def _fake_value(of_value, plan):
+def _fake_value(of_value, plan, *problem):
     return plan.new_empty(plan.shape)
 
 
@@ -337,19 +337,13 @@ def _not_twice(ctx, *grads):
     )
 
 
-def _value_backward(of_value, plan):
-    if plan.device.type == "cpu" and backends()["cpp"]:  # which writes into huge pages, past the caches
-        return _scaled_plan(of_value, plan)
-    return reference.sinkhorn_value_backward(of_value, plan)
-
-
 def _save_value(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
+    ctx.save_for_backward(*inputs[:2])
 
 
 def _value_twice(ctx, grad):
     of_value, plan = ctx.saved_tensors
-    return (grad * plan).sum((-2, -1)), _value_backward(of_value, grad)
+    return (grad * plan).sum((-2, -1)), reference.sinkhorn_value_backward(of_value, grad), *[None] * 6
 
 
 def _register(namespace: str, *modules: Any) -> SimpleNamespace:
@@ -372,9 +366,15 @@ def _register(namespace: str, *modules: Any) -> SimpleNamespace:
         if of_value is not None:
             if not has_plan:
                 plan = ops.sinkhorn(cost, a, b, *ctx.options[:-1], True)[0]
+
+            def of_cost(of_value, plan):
+                if plan.device.type == "cpu" and backends()["cpp"]:
+                    return _value_backward(of_value, plan, cost, a, b, f, g, eps)
+                return reference.sinkhorn_value_backward(of_value, plan)
+
             needed = ctx.needs_input_grad[:3]
             problem = a, b, f, g, plan, eps, tau_a, tau_b
-            direct = reference.envelope_gradients(of_value, *problem, needed, _value_backward)
+            direct = reference.envelope_gradients(of_value, *problem, needed, of_cost)
             grads = _sums(grads, direct)
         return *grads, *[None] * 6
 
@@ -427,7 +427,7 @@ def _register(namespace: str, *modules: Any) -> SimpleNamespace:
 # All have the functions `sinkhorn`, `sinkhorn_points` and `sinkhorn_apply` of `reference`.
 _OPERATORS: dict[str, Any] = {"reference": reference}
 if backends()["cpp"]:
-    _scaled_plan = register("dpdiff::sinkhorn_value_backward", _fake_value, _value_twice, _save_value)
+    _value_backward = register("dpdiff::sinkhorn_value_backward", _fake_value, _value_twice, _save_value)
     _OPERATORS["cpp"] = _OPERATORS["cuda"] = _register("dpdiff")
 if backends()["triton"]:
     import dpdiff_kernels.triton.sinkhorn

@@ -100,15 +100,25 @@ std::tuple<Tensor, Tensor, Tensor> sinkhorn_backward(
   return {of_cost, of_a, of_b};
 }
 
-Tensor sinkhorn_value_backward(const Tensor& grad_value_, const Tensor& plan_) {
-  const Tensor grad_value = dense(grad_value_), plan = dense(plan_);
-  const int64_t batch = plan.size(0), n = plan.size(1), m = plan.size(2);
+Tensor sinkhorn_value_backward(const Tensor& of_value_, const Tensor& plan_, const Tensor& cost_, const Tensor& a_,
+                               const Tensor& b_, const Tensor& f_, const Tensor& g_, double eps) {
+  const Tensor of_value = dense(of_value_), plan = dense(plan_), cost = dense(cost_);
+  const Tensor a = dense(a_), b = dense(b_), f = dense(f_), g = dense(g_);
+  const int64_t batch = plan.size(0), n = plan.size(1), m = plan.size(2), pairs = batch * n * m;
   const Tensor of_cost = empty(plan, plan.sizes());
-  const float *factors = data(grad_value), *from = data(plan);
-  float* to = data_of(of_cost);
-  const auto scale = DPDIFF_DISPATCH(sinkhorn_scale);
-  for_ranges(batch * n * m >= kWorthThread, batch * n, [&](int64_t first, int64_t last) {
-    scale(from, factors, n * m, first * m, last * m, to, batch * n * m >= kLeastStreamed);
+  const float *factors = data(of_value), *plans = data(plan), *as = data(a), *bs = data(b), *fs = data(f), *gs = data(g);
+  const float* costs = pairs < kMostReread ? data(cost) : nullptr;
+  float* to_cost = data_of(of_cost);
+  const auto differentiate = DPDIFF_DISPATCH(sinkhorn_value_gradient);
+  for_ranges(pairs >= kWorthThread, batch * n, [&](int64_t first, int64_t last) {
+    Arena arena;
+    while (first < last) {
+      const int64_t i = first / n, begin = i * n, end = std::min(last, begin + n);
+      const SinkhornSolved solved{n, m, eps, at(plans, i, n * m), at(as, i, n), at(bs, i, m), at(fs, i, n), at(gs, i, m),
+                                  at(costs, i, n * m)};
+      differentiate(solved, factors[i], pairs >= kLeastStreamed, first - begin, end - begin, at(to_cost, i, n * m), arena);
+      first = end;
+    }
   });
   return of_cost;
 }

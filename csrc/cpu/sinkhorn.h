@@ -19,6 +19,7 @@ namespace dpdiff {
 
 constexpr int64_t kWorthThread = int64_t(1) << 14;    // pairs
 constexpr int64_t kLeastStreamed = int64_t(1) << 21;  // pairs: too many to be found in a cache later
+constexpr int64_t kMostReread = int64_t(1) << 23;     // of a cost, whose last reader may have left much of it in one
 
 struct SinkhornOptions {
   double eps;
@@ -38,6 +39,14 @@ struct SinkhornProblem {
   float *cost, *value, *error;
   int64_t* n_iters;
   double* history;  // f and g after each iteration, each padded to whole vectors; or null
+};
+
+// One problem and its results: plan and cost (n, m), a and f (n,), b and g (m,).
+struct SinkhornSolved {
+  int64_t n, m;
+  double eps;
+  const float *plan, *a, *b, *f, *g;
+  const float* cost;  // null: better not read again
 };
 
 // Gradients of the results, null where there is none; and of the weights, where these go.

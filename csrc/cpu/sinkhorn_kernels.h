@@ -10,6 +10,7 @@
 #include "sinkhorn_transposed.h"
 #include "sinkhorn_backward.h"
 #include "sinkhorn_adjoint.h"
+#include "sinkhorn_envelope.h"
 
 // Whether scalings of the kernel of zero potentials may do, for a given number of iterations.
 inline bool plain(const SinkhornOptions& options, int64_t n, int64_t m) {
@@ -42,20 +43,10 @@ void sinkhorn_dense(const float* cost, const SinkhornOptions& options, const Sin
   }
 }
 
-// Numbers `first` to `last` of plans of `size` numbers each, times their problem's factor.
-void sinkhorn_scale(const float* plans, const float* factors, int64_t size, int64_t first, int64_t last, float* to,
-                    bool streams) {
-  while (first < last) {
-    const int64_t problem = first / size, end = std::min(last, (problem + 1) * size);
-    const float factor = factors[problem];
-    if (streams && uintptr_t(to + first) % sizeof(vfloat) == 0) {
-      for (; first + kWidth <= end; first += kWidth) stream(to + first, load(plans + first) * factor);
-    }
-    for (; first + kWidth <= end; first += kWidth) store(to + first, load(plans + first) * factor);
-    if (first < end) store_first(to + first, load_first(plans + first, end - first, 0) * factor, end - first);
-    first = end;
-  }
-  if (streams) stream_end();
+void sinkhorn_value_gradient(const SinkhornSolved& solved, float factor, bool streams, int64_t first, int64_t last, float* to,
+                             Arena& arena) {
+  arena.reset();
+  ValueGradient(solved, factor, streams, arena).write(first, last, to);
 }
 
 void sinkhorn_points(const SinkhornPoints& points, const SinkhornOptions& options, const SinkhornProblem& problem, Arena& arena,

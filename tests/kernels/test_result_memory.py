@@ -90,7 +90,7 @@ cost = torch.rand(1, 4096, 4096)
 held, done = dk.sinkhorn(cost[:, :1024], n_iters=1, backend="cpp").plan, threading.Event()
 def keep_on():
     while not done.is_set():
-        torch.ops.dpdiff.sinkhorn_value_backward(torch.ones(1), cost)
+        torch.ops.dpdiff.sinkhorn_value_backward(torch.ones(1), cost, cost, *[torch.zeros(1, 4096)] * 4, 1.0)
         torch.ops.dpdiff.release_memory()  # for most of which others wait
 threads = [threading.Thread(target=keep_on) for _ in range(2)]
 for thread in threads:

@@ -153,16 +153,39 @@ def test_opcheck(shape):
     cost, a, b = (x.detach() for x in (cost, a, b))
     args = cost, a, b, used, torch.rand(shape), torch.rand(a.shape), None, torch.rand(shape[:1]), 0.1, 4, None, 0.5
     torch.library.opcheck(torch.ops.dpdiff.sinkhorn_backward.default, args)
-    args = torch.rand(shape[:1], requires_grad=True), cost.requires_grad_()
+    args = torch.rand(shape[:1], requires_grad=True), torch.rand(shape, requires_grad=True), cost, a, b, a, b, 0.1
     torch.library.opcheck(torch.ops.dpdiff.sinkhorn_value_backward.default, args)
+
+
+def value_gradient(cost, a, b, eps, **options):
+    """The gradient of value, random gradient of value, and plan, by one call of the operator."""
+    t = dk.sinkhorn(cost, a, b, eps=eps, backend="cpp", **options)
+    of_value = torch.randn(len(cost))
+    return torch.ops.dpdiff.sinkhorn_value_backward(of_value, t.plan, cost, a, b, t.f, t.g, eps), of_value, t.plan
 
 
 @needs_cpp
 @pytest.mark.parametrize("shape", [(5, 37, 29), (3, 1024, 700), (33, 250, 257)])  # the larger two pass by the caches
 def test_gradient_of_value_is_the_plan_times_its_gradient(shape):
-    of_value, plan = torch.randn(shape[:1]), torch.rand(shape)
-    found = torch.ops.dpdiff.sinkhorn_value_backward(of_value, plan)
+    found, of_value, plan = value_gradient(*random_problem(*shape, dtype=torch.float32), 0.05)
     torch.testing.assert_close(found, of_value[:, None, None] * plan, rtol=0, atol=0)
+
+
+@needs_cpp
+@pytest.mark.parametrize("eps", [0.3, 0.05, 0.001])  # the last one's exponents are too large to make a plan again
+@pytest.mark.parametrize("tau", [None, 0.5])
+def test_gradient_of_value_from_plans_made_again(eps, tau):
+    cost, a, b = random_problem(9, 1000, 240, dtype=torch.float32)
+    cost[0, :7, :9] = torch.inf
+    a[1, :3] = b[1, -5:] = 0
+    cost[1, :3, -5:] = -1e4  # pairs of none, whose weights are zero
+    a[1], b[1] = a[1] / a[1].sum(), b[1] / b[1].sum()
+    cost[2, 1, 1] = torch.nan
+    cost[3, 5] = torch.inf  # can't be reached
+    found, of_value, plan = value_gradient(cost, a, b, eps, tau_a=tau, tau_b=tau)
+    expected = of_value[:, None, None] * plan
+    torch.testing.assert_close(found, expected, rtol=5e-6, atol=1e-30, equal_nan=True)
+    assert plan[2].isnan().all() and not found[[0, 1, 3]].isnan().any()
 
 
 @needs_cpp
