@@ -1,4 +1,4 @@
-"""What the README and examples/ show runs as it stands."""
+"""What the README, docs/ and examples/ show runs as it stands."""
 
 import re
 import shlex
@@ -12,26 +12,32 @@ import typer
 from dpdiff.cli.app import app
 
 ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = README + (ROOT / "docs" / "benchmarking.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-COMMANDS = re.findall(r"^dpdiff ([a-z].*?)(?: +#.*)?$", PAGES, re.MULTILINE)
+NAMES = ["README.md", *sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))]
+PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in NAMES}
+SKETCHES = ["docs/benchmarking.md"]  # whose Python is to be filled in
+BLOCKS = [
+    pytest.param(code, id=f"{name}-{i}")
+    for name, text in PAGES.items()
+    if name not in SKETCHES
+    for i, code in enumerate(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
+]
+COMMANDS = sorted(set(re.findall(r"^dpdiff ([a-z].*?)(?: +#.*)?$", "\n".join(PAGES.values()), re.MULTILINE)))
 
 
-@pytest.mark.parametrize("code", BLOCKS, ids=[f"block{i}" for i in range(len(BLOCKS))])
-def test_python_of_the_readme(code, tmp_path, monkeypatch):
+@pytest.mark.parametrize("code", BLOCKS)
+def test_python_of_the_pages(code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    exec(compile(code, "README.md", "exec"), {})
+    exec(compile(code, "a page", "exec"), {})
 
 
-@pytest.mark.parametrize("page", ["README.md", *sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))])
+@pytest.mark.parametrize("page", PAGES)
 def test_links_between_pages_lead_somewhere(page):
-    for target in re.findall(r"\]\(([^)#:]+)\)", (ROOT / page).read_text(encoding="utf-8")):
+    for target in re.findall(r"\]\(([^)#:]+)\)", PAGES[page]):
         assert (ROOT / page).parent.joinpath(target).exists(), target
 
 
 @pytest.mark.parametrize("line", COMMANDS)
-def test_commands_of_the_readme_are_understood(line):
+def test_commands_of_the_pages_are_understood(line):
     name, *arguments = shlex.split(line)
     command = typer.main.get_command(app).commands[name]
     if name == "bench":
