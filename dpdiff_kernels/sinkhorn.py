@@ -368,7 +368,7 @@ def _register(namespace: str, *modules: Any) -> SimpleNamespace:
                 plan = ops.sinkhorn(cost, a, b, *ctx.options[:-1], True)[0]
 
             def of_cost(of_value, plan):
-                if plan.device.type == "cpu" and backends()["cpp"]:
+                if plan.device.type == "cpu" and backends()["cpp"]:  # which writes into huge pages, past the caches
                     return _value_backward(of_value, plan, cost, a, b, f, g, eps)
                 return reference.sinkhorn_value_backward(of_value, plan)
 
