@@ -112,11 +112,13 @@ def is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def check_arguments(arguments: dict[str, Any], positive: Iterable[str]) -> None:
-    """Checks what the models' constructors have in common: `backbone`, `timestep`, and the positive ints."""
+def check_arguments(arguments: dict[str, Any], positive: Iterable[str], flags: Iterable[str]) -> None:
+    """Checks what the models' constructors have in common: `backbone`, `timestep`, the positive ints and the bools."""
     expect(arguments, "backbone", isinstance(arguments["backbone"], str), "the name of a timm model")
     for name in positive:
         expect(arguments, name, is_int(arguments[name]) and arguments[name] >= 1, "a positive int")
+    for name in flags:
+        expect(arguments, name, isinstance(arguments[name], bool), "a bool")
     timestep, last = arguments["timestep"], arguments["n_timesteps"] - 1
     fits = is_int(timestep) and 0 <= timestep <= last
     expect(arguments, "timestep", fits, f"0 to n_timesteps - 1 ({last})")

@@ -215,7 +215,7 @@ def _check_arguments(arguments: dict[str, Any]) -> None:
     check = partial(expect, arguments)
     fits = is_int(arguments["n_timesteps"]) and arguments["n_timesteps"] > _PAPER_STEPS
     check("n_timesteps", fits, f"an int above {_PAPER_STEPS}")
-    check_arguments(arguments, ("image_size", "depth", "n_steps", "n_samples"))
+    check_arguments(arguments, ("image_size", "depth", "n_steps", "n_samples"), ("pretrained",))
     hidden = 1 if arguments["hidden"] is None else arguments["hidden"]
     check("hidden", is_int(hidden) and hidden >= 1, "a positive int or None")
     check("score", arguments["score"] in SCORES, f"one of {', '.join(SCORES)}")

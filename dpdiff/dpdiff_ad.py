@@ -259,7 +259,7 @@ def _check_arguments(arguments: dict[str, Any]) -> None:
     check = partial(expect, arguments)
     sizes = ["image_size", "max_channels", "n_local", "n_global", "k", "dim", "depth", "num_heads", "n_steps"]
     sizes += ["n_samples", "n_timesteps", *(["patch_size"] if arguments["patch_size"] is not None else [])]
-    check_arguments(arguments, sizes)
+    check_arguments(arguments, sizes, ("pretrained", "condition", "prototype_attention", "diffusion"))
     n_local, num_heads = arguments["n_local"], arguments["num_heads"]
     check("dim", arguments["dim"] % num_heads == 0, f"a multiple of num_heads ({num_heads})")
     check("k", arguments["k"] <= n_local, f"at most n_local ({n_local})")

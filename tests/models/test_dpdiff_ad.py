@@ -134,6 +134,8 @@ BOOLS_REFUSED = ("image_size", "depth", "k", "route", "timestep", "min_timestep"
     ("options", "message"),
     [
         (dict(n_local=0), r"n_local is 0: expected a positive int"),
+        (dict(pretrained="false"), r"pretrained is 'false': expected a bool"),
+        (dict(diffusion=0), r"diffusion is 0: expected a bool"),
         (dict(image_size=64.0), r"image_size is 64.0"),
         *((dict([(name, True)]), rf"{name} is True: expected") for name in BOOLS_REFUSED),
         (dict(k=17), r"k is 17: expected at most n_local \(16\)"),
