@@ -100,8 +100,9 @@ void for_ranges(bool parallel, int64_t n, const Work& work) {
   }
 }
 
-// Calls solve(problem, arena, parallel) for each problem. Many problems: a thread each, the next one to whoever is done,
-// since they stop at iterations of their own. Few large ones: one after the other, all threads on each.
+// Calls solve(problem, arena, parallel) for each problem. Many problems: a thread each, the same ones in each call of this size,
+// which its caches may still hold; who is done goes on with others', since problems stop at iterations of their own. Few large
+// ones: one after the other, all threads on each.
 template <class Solve>
 void for_problems(int64_t n_problems, int64_t pairs, const Solve& solve) {
   const FlushTiny flush;
@@ -111,12 +112,23 @@ void for_problems(int64_t n_problems, int64_t pairs, const Solve& solve) {
     for (int64_t i = 0; i < n_problems; ++i) solve(i, arena, true);
     return;
   }
-  const int64_t useful = std::min(n_problems, n_problems * pairs / kWorthThread + 1);
-  std::atomic<int64_t> next{0};
-  for_ranges(true, std::min(threads, useful), [&](int64_t first, int64_t last) {
+  struct alignas(64) Part {
+    std::atomic<int64_t> next;
+    int64_t end;
+  };
+  const int64_t n_parts = std::min({threads, n_problems, n_problems * pairs / kWorthThread + 1});
+  std::vector<Part> parts(n_parts);
+  for (int64_t part = 0; part < n_parts; ++part) {
+    parts[part].next = part * n_problems / n_parts;
+    parts[part].end = (part + 1) * n_problems / n_parts;
+  }
+  for_ranges(true, n_parts, [&](int64_t first, int64_t last) {
     for (; first < last; ++first) {
       Arena arena;
-      for (int64_t i = next++; i < n_problems; i = next++) solve(i, arena, false);
+      for (int64_t k = 0; k < n_parts; ++k) {
+        Part& part = parts[(first + k) % n_parts];
+        for (int64_t i = part.next++; i < part.end; i = part.next++) solve(i, arena, false);
+      }
     }
   });
 }
