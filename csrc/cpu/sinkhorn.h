@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cfloat>
+#include <vector>
 
 #include <torch/csrc/stable/ops.h>
 
@@ -19,7 +20,7 @@ namespace dpdiff {
 
 constexpr int64_t kWorthThread = int64_t(1) << 14;    // pairs
 constexpr int64_t kLeastStreamed = int64_t(1) << 21;  // pairs: too many to be found in a cache later
-constexpr int64_t kMostReread = int64_t(1) << 23;     // of a cost, whose last reader may have left much of it in one
+constexpr int64_t kMostReread = int64_t(1) << 23;     // pairs: a cost of fewer may still be found in one
 
 struct SinkhornOptions {
   double eps;
@@ -100,7 +101,7 @@ void for_ranges(bool parallel, int64_t n, const Work& work) {
   }
 }
 
-// Calls solve(problem, arena, parallel) for each problem. Many problems: a thread each, the same ones in each call of this size,
+// Calls solve(problem, arena, parallel) for each problem. Many problems: a thread each, in each call of a size the same ones,
 // which its caches may still hold; who is done goes on with others', since problems stop at iterations of their own. Few large
 // ones: one after the other, all threads on each.
 template <class Solve>

@@ -217,6 +217,7 @@ def test_the_first_epoch_is_kept_for_scores_that_need_it(make, products, tmp_pat
         dict(hidden=True),
         dict(n_timesteps=True),
         dict(backbone=5),
+        dict(pretrained="false"),
     ],
 )
 def test_arguments_out_of_range(make, options):
